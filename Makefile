@@ -1,0 +1,46 @@
+# Two commands do everything, their own set-up included: make demo, make test.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-all lint clean
+
+# Each command is echoed as it runs, so what make does can be repeated by hand.
+demo: $(STAMP)
+	$(BIN)/python -m amvl_fast.demo runs/easy_vqa
+	$(BIN)/amvl-fast train configs/easy_vqa/base.yaml
+	$(BIN)/amvl-fast train configs/easy_vqa/plain.yaml
+	$(BIN)/amvl-fast train configs/easy_vqa/amvl.yaml
+	$(BIN)/amvl-fast evaluate runs/easy_vqa/plain
+	$(BIN)/amvl-fast evaluate runs/easy_vqa/amvl --baseline runs/easy_vqa/plain
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+# The slow tests too.
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -m ""
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Runs again when the package's metadata or the tested versions change.
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "amvl-fast: there is no $(PYTHON) here; install Python 3.10 to 3.13 or run make PYTHON=/path/to/python3." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "amvl-fast: $(PYTHON) is $$($(PYTHON) --version 2>&1), but 3.10 to 3.13 is needed: run make PYTHON=python3.12, for example." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "amvl-fast: $(PYTHON) cannot make virtual environments: run sudo apt install python3-venv, then make again." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+# Leaves runs/ and data/ alone: they may have cost hours.
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find amvl_fast kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

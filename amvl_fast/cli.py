@@ -1,0 +1,102 @@
+"""The command ``amvl-fast``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from amvl_fast.errors import AMVLError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; a user's mistake ends in one line on stderr and status 2, an interrupted run in status 130."""
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except AMVLError as error:
+        print(f"amvl-fast: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="amvl-fast", description="Latent reasoning for vision-language models.")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    verb = verbs.add_parser("train", help="train a configuration, or go on where it stopped")
+    verb.add_argument("config", help="YAML file")
+    verb.add_argument("overrides", nargs="*", metavar="section.key=value")
+    verb.set_defaults(run=run_train)
+
+    verb = verbs.add_parser("evaluate", help="evaluate a run on its test rows and write its report")
+    verb.add_argument("run_dir", metavar="RUN")
+    verb.add_argument("--baseline", metavar="RUN", help="an evaluated run to set beside this one")
+    verb.add_argument("--rows", type=int, help="evaluate this many test rows only, drawn with the seed")
+    verb.add_argument("--latent-temperature", type=float, help="spread of the latents; 0 answers from their mean")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--batch-size", type=int, default=100)
+    verb.set_defaults(run=run_evaluate)
+
+    verb = verbs.add_parser("generate", help="answer a question about an image")
+    verb.add_argument("run_dir", metavar="RUN")
+    verb.add_argument("--image", required=True, metavar="FILE")
+    verb.add_argument("--question", required=True, metavar="TEXT")
+    verb.add_argument("--latent-temperature", type=float)
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--max-new-tokens", type=int, default=64)
+    verb.set_defaults(run=run_generate)
+
+    verb = verbs.add_parser("doctor", help="versions, devices, and which backends run here")
+    verb.set_defaults(run=run_doctor)
+    return top
+
+
+# Imports stand in the verbs: doctor must run where the extras that the others need are missing.
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    from amvl_fast.training import read_config, train
+
+    stopped_at = train(read_config(arguments.config, arguments.overrides))
+    if stopped_at is None:
+        return 0
+    print(f"Stopped after step {stopped_at}; the same command goes on from there.")
+    return 130
+
+
+def run_evaluate(arguments: argparse.Namespace) -> int:
+    from amvl_fast.report import evaluate_run
+
+    path = evaluate_run(
+        arguments.run_dir,
+        baseline=arguments.baseline,
+        rows=arguments.rows,
+        latent_temperature=arguments.latent_temperature,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+    )
+    print(path)
+    return 0
+
+
+def run_generate(arguments: argparse.Namespace) -> int:
+    from amvl_fast.data import ChatCollator, open_image
+    from amvl_fast.evaluation import answer
+    from amvl_fast.training import load_run
+
+    image = open_image(arguments.image)
+    model, processor, _ = load_run(arguments.run_dir)
+    content = [{"type": "image"}, {"type": "text", "text": arguments.question}]
+    row = {"messages": [{"role": "user", "content": content}], "images": [image]}
+    options = {"latent_temperature": arguments.latent_temperature, "seed": arguments.seed}
+    print(answer(model, ChatCollator(processor), [row], max_new_tokens=arguments.max_new_tokens, **options)[0])
+    return 0
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    from amvl_fast.doctor import report
+
+    print(report())
+    return 0

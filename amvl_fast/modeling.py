@@ -1,0 +1,308 @@
+"""`AMVLModel`: a Hugging Face image-text-to-text model that reasons in continuous latents."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from amvl_fast.backbones import Adapter, adapter_for
+from amvl_fast.configuration import AMVLConfig
+from amvl_fast.errors import AMVLError
+from amvl_fast.latents import Gaussian, Latents
+from amvl_fast.ops import gaussian_noise, sample_gaussian
+from amvl_fast.ops.arguments import seed_tensor
+from amvl_fast.reference.three_pass import slot_states, three_pass, with_prompt
+from amvl_fast.samples import Samples, require_finite, split_prompt_and_answer
+
+EXECUTIONS = ("three_pass",)
+POSTERIOR_STREAM, PRIOR_STREAM = 0, 1
+
+
+@dataclass
+class AMVLOutput(ModelOutput):
+    """
+    Args:
+        loss: ``()``, ``ntp_weight * ntp_loss + prior_ntp_weight * prior_ntp_loss + beta * forward_kl +
+            gamma * reverse_kl``.
+        ntp_loss: ``()``, nats per answer token, decoded from the posterior's sample `z`.
+        prior_ntp_loss: ``()``, the same decoded from a sample of the prior; None unless asked for.
+        forward_kl: ``()``, KL(q || p) with q the posterior, reduced as the configuration's `kl_reduction` says.
+        reverse_kl: ``()``, KL(p || q), likewise.
+        forward_kl_per_slot, reverse_kl_per_slot: ``(batch, num_latents)`` float32, summed over dimensions.
+        z: ``(batch, num_latents, latent_dim)``, the posterior's sample.
+        posterior_mean, posterior_logvar, prior_mean, prior_logvar: ``(batch, num_latents, latent_dim)``.
+        nll, prior_nll: ``(batch,)`` float32, nats summed over each sample's answer.
+        answer_tokens: ``(batch,)`` int64.
+    """
+
+    loss: Tensor | None = None
+    ntp_loss: Tensor | None = None
+    prior_ntp_loss: Tensor | None = None
+    forward_kl: Tensor | None = None
+    reverse_kl: Tensor | None = None
+    forward_kl_per_slot: Tensor | None = None
+    reverse_kl_per_slot: Tensor | None = None
+    z: Tensor | None = None
+    posterior_mean: Tensor | None = None
+    posterior_logvar: Tensor | None = None
+    prior_mean: Tensor | None = None
+    prior_logvar: Tensor | None = None
+    nll: Tensor | None = None
+    prior_nll: Tensor | None = None
+    answer_tokens: Tensor | None = None
+
+
+class AMVLModel(PreTrainedModel):
+    """A backbone, unmodified, and the `Latents` around it.
+
+    Build it with `from_backbone`, reload it with `from_pretrained`. The vision tower is frozen by default, as in the
+    paper (arXiv 2607.00461).
+    """
+
+    config: AMVLConfig
+    config_class = AMVLConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    input_modalities = ["image", "text"]
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: AMVLConfig, backbone: PreTrainedModel | None = None) -> None:
+        if backbone is None and config.backbone_config is None:
+            raise AMVLError("AMVLModel needs a backbone; build it with AMVLModel.from_backbone(backbone, config).")
+        super().__init__(config)
+        if backbone is None:
+            backbone = AutoModelForImageTextToText.from_config(config.backbone_config)
+        self.backbone = backbone
+        self.latents = Latents(config, self.adapter.hidden_size)
+        self.post_init()
+
+    @property
+    def adapter(self) -> Adapter:
+        """What the step knows of the backbone's family; looked up anew, because users wrap or replace a backbone."""
+        return adapter_for(self.backbone)
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: PreTrainedModel | str,
+        config: AMVLConfig | None = None,
+        *,
+        freeze_vision: bool = True,
+        end_token_id: int | None = None,
+        **kwargs: Any,
+    ) -> AMVLModel:
+        """Put AMVL around a pretrained model.
+
+        Args:
+            backbone: an image-text-to-text model of transformers, used as it is and not copied; or the directory or
+                hub name of one.
+            config: the latents' configuration; None takes the defaults.
+            freeze_vision: take the vision tower out of training.
+            end_token_id: the token that your prompts end with. The end-of-latents embedding starts as its embedding,
+                so that the row which predicts the answer's first token looks as it did to the backbone, and training
+                starts from the backbone's accuracy instead of from noise. None starts it at the mean embedding.
+            kwargs: passed to ``AutoModelForImageTextToText.from_pretrained`` with a name (`dtype`, `device_map`,
+                `attn_implementation`, ...).
+
+        Raises:
+            AMVLError: the architecture is not supported.
+        """
+        if isinstance(backbone, PreTrainedModel):
+            if kwargs:
+                raise AMVLError(f"from_backbone: {sorted(kwargs)} go with a name, but a loaded model was given.")
+        else:
+            backbone = AutoModelForImageTextToText.from_pretrained(backbone, **kwargs)
+        adapter = adapter_for(backbone)
+        config = copy.deepcopy(config or AMVLConfig())
+        # A copy: building a model writes its attention implementation through to the configurations inside its own.
+        config.backbone_config = copy.deepcopy(backbone.config)
+        config.dtype = backbone.dtype
+        model = cls(config, backbone)
+        embeddings: Tensor = model.get_input_embeddings().weight.detach().float()
+        end = embeddings.mean(0) if end_token_id is None else embeddings[end_token_id]
+        model.latents.reset_parameters(embeddings.square().mean().sqrt().item(), end)
+        model.latents.to(device=backbone.device, dtype=backbone.dtype)
+        adapter.vision_tower.requires_grad_(not freeze_vision)
+        return model
+
+    def get_input_embeddings(self) -> Any:
+        return self.backbone.get_input_embeddings()
+
+    def get_output_embeddings(self) -> Any:
+        return self.backbone.get_output_embeddings()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        beta: float = 1.0,
+        gamma: float = 0.1,
+        ntp_weight: float = 1.0,
+        prior_ntp_weight: float = 0.0,
+        stop_gradient: bool = True,
+        seed: int | Tensor | None = None,
+        execution: str = "three_pass",
+        **vision: Any,
+    ) -> AMVLOutput:
+        """The AMVL loss of a batch, ``L = L_NTP + beta * KL(sg[q] || p) + gamma * KL(sg[p] || q)``.
+
+        Args:
+            input_ids: ``(batch, length)`` int64, prompt and answer, padded on either side.
+            attention_mask: ``(batch, length)``, 0 on padding; None means no padding.
+            labels: ``(batch, length)`` int64, token ids on the answer and -100 elsewhere.
+            beta: weight of the forward KL, which moves only the prior.
+            gamma: weight of the reverse KL, which moves only the posterior.
+            ntp_weight: weight of the answer's loss decoded from a posterior sample.
+            prior_ntp_weight: weight of the answer's loss decoded from a prior sample. Not part of the paper.
+            stop_gradient: False lets both KLs move both sides (the plain ELBO).
+            seed: of the noise; None draws one from PyTorch's generator. See `amvl_fast.gaussian_noise`.
+            execution: ``"three_pass"``, the plain one: every branch runs the prompt again.
+            vision: what the processor gives for images (`pixel_values`, `image_grid_thw`, ...).
+
+        Raises:
+            AMVLError: labels that do not split into prompt and answer, unknown inputs, NaN in the images.
+        """
+        if execution not in EXECUTIONS:
+            raise AMVLError(f"execution={execution!r} is not known; use one of {EXECUTIONS}.")
+        if labels is None:
+            raise AMVLError("AMVLModel.forward needs labels (-100 on the prompt); to answer a prompt call generate().")
+        samples = self._read(input_ids, attention_mask, labels, vision)
+        shape = (len(input_ids), self.config.num_latents, self.config.latent_dim)
+        seed = seed_tensor("AMVLModel", seed, self.device)  # one seed, two streams
+        noise = gaussian_noise(shape, seed, device=self.device, stream=POSTERIOR_STREAM)
+        prior_noise = gaussian_noise(shape, seed, device=self.device, stream=PRIOR_STREAM) if prior_ntp_weight else None
+        step = three_pass(self.adapter, self.latents, samples, noise, prior_noise, stop_gradient=stop_gradient)
+        forward_kl, reverse_kl = self._reduce_kl(step.forward_kl), self._reduce_kl(step.reverse_kl)
+        ntp_loss = step.nll.mean()
+        loss = ntp_weight * ntp_loss + beta * forward_kl + gamma * reverse_kl
+        prior_ntp_loss = step.prior_nll.mean() if step.prior_nll else None
+        if prior_ntp_loss is not None:
+            loss = loss + prior_ntp_weight * prior_ntp_loss
+        return AMVLOutput(
+            loss=loss,
+            ntp_loss=ntp_loss,
+            prior_ntp_loss=prior_ntp_loss,
+            forward_kl=forward_kl,
+            reverse_kl=reverse_kl,
+            forward_kl_per_slot=step.forward_kl,
+            reverse_kl_per_slot=step.reverse_kl,
+            z=step.z,
+            posterior_mean=step.posterior.mean,
+            posterior_logvar=step.posterior.logvar,
+            prior_mean=step.prior.mean,
+            prior_logvar=step.prior.logvar,
+            nll=step.nll.total,
+            prior_nll=step.prior_nll.total if step.prior_nll else None,
+            answer_tokens=step.nll.tokens,
+        )
+
+    def prior(self, input_ids: Tensor, attention_mask: Tensor | None = None, **vision: Any) -> Gaussian:
+        """What the prompt alone says of the latents: mean and log-variance, ``(batch, num_latents, latent_dim)``."""
+        return self._prior(self._read(input_ids, attention_mask, None, vision))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        latent_temperature: float | None = None,
+        seed: int | Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        **generate_kwargs: Any,
+    ) -> Any:
+        """Answer prompts from the prior: latents first, then transformers' own ``generate``.
+
+        Args:
+            input_ids: ``(batch, length)`` int64, prompts ending where the answer begins, padded on either side.
+            latent_temperature: multiplies the prior's standard deviation; 0 is its mean. None takes the
+                configuration's.
+            seed: of the latents' noise; None draws one.
+            generate_kwargs: whatever ``transformers`` accepts (`max_new_tokens`, `do_sample`, ...).
+
+        Returns:
+            What the backbone's own ``generate`` would return: prompt and new tokens, ``(batch, length + new)`` int64,
+            or transformers' output object with such `sequences`.
+        """
+        vision = {
+            "pixel_values": pixel_values,
+            "image_grid_thw": image_grid_thw,
+            "mm_token_type_ids": mm_token_type_ids,
+        }
+        samples = self._read(input_ids, attention_mask, None, vision)
+        prior = self._prior(samples)
+        temperature = self.config.latent_temperature if latent_temperature is None else latent_temperature
+        z = sample_gaussian(*prior, temperature=temperature, seed=seed)
+        lead = torch.cat([self.latents.projection(z), self.latents.end.expand(len(z), -1, -1)], dim=1)
+        out = self._continue(samples, lead.to(samples.embeds.dtype), generate_kwargs)
+        # Embeddings went in, so only new tokens came out; callers cut the prompt off what a backbone returns.
+        if isinstance(out, Tensor):
+            return torch.cat([input_ids.repeat_interleave(len(out) // len(input_ids), dim=0), out], dim=1)
+        copies = len(out.sequences) // len(input_ids)
+        out.sequences = torch.cat([input_ids.repeat_interleave(copies, dim=0), out.sequences], dim=1)
+        return out
+
+    def _read(
+        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, vision: dict[str, Any]
+    ) -> Samples:
+        """Embed a batch and split it; without labels the whole row is prompt."""
+        vision = {name: value for name, value in vision.items() if value is not None}
+        unknown = sorted(set(vision) - set(self.adapter.VISION_INPUTS))
+        if unknown:
+            raise AMVLError(
+                f"{type(self.adapter).__name__} does not take the inputs {unknown}; "
+                f"besides input_ids, attention_mask and labels it takes {list(self.adapter.VISION_INPUTS)}."
+            )
+        require_finite(**vision)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if labels is None:
+            prompt, answer = attention_mask.bool(), torch.zeros_like(attention_mask, dtype=torch.bool)
+            labels = torch.full_like(input_ids, -100)
+        else:
+            prompt, answer = split_prompt_and_answer(labels, attention_mask)
+        embeds = self.adapter.embed(input_ids, **vision)
+        positions = self.adapter.positions(input_ids, attention_mask, **vision)
+        return Samples(embeds, positions, prompt, answer, labels)
+
+    def _prior(self, samples: Samples) -> Gaussian:
+        return self.latents.prior_head(slot_states(self.adapter, self.latents, samples, see_answer=False))
+
+    def _continue(self, samples: Samples, lead: Tensor, generate_kwargs: dict[str, Any]) -> Any:
+        """Generate after ``[x, lead]``; `lead` is ``(batch, rows, hidden_size)``."""
+        embeds, positions = with_prompt(samples, list(lead))
+        left = partial(pad_sequence, batch_first=True, padding_side="left")
+        mask = left([torch.ones(len(e), dtype=torch.long, device=e.device) for e in embeds])
+        return self.adapter.generate(
+            left(embeds), mask, left([p.T for p in positions]).permute(2, 0, 1), **generate_kwargs
+        )
+
+    def _reduce_kl(self, per_slot: Tensor) -> Tensor:
+        """``(batch, k)`` summed over d -> the batch's mean, per sample or per latent element."""
+        per_sample = per_slot.sum(-1)
+        if self.config.kl_reduction == "mean":
+            per_sample = per_sample / (self.config.num_latents * self.config.latent_dim)
+        return per_sample.mean()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # A part missing from a checkpoint starts as in `from_backbone`, at the usual spread of token embeddings.
+        if isinstance(module, Latents):
+            module.reset_parameters(embedding_rms=0.02, end=torch.zeros_like(module.slots[0]))

@@ -1,0 +1,68 @@
+"""What the ops check and complete before any backend sees a tensor: shapes, dtypes, devices, seeds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from amvl_fast.errors import AMVLError
+
+_MAX_STREAM = 2**32
+
+
+def broadcast_inputs(op: str, **inputs: Tensor) -> tuple[Tensor, ...]:
+    """The op's inputs as views of one shape `[..., d]`.
+
+    Raises:
+        AMVLError: if an input is no tensor, not floating or 0-dimensional, or if devices or shapes disagree.
+    """
+    for name, tensor in inputs.items():
+        if not isinstance(tensor, Tensor):
+            raise AMVLError(f"{op}: {name} is a {type(tensor).__name__}; pass a floating-point torch.Tensor.")
+        if not tensor.is_floating_point():
+            raise AMVLError(f"{op}: {name} is {tensor.dtype}; pass a floating-point tensor such as float32.")
+        if tensor.dim() == 0:
+            raise AMVLError(f"{op}: {name} is 0-dimensional; pass [..., d], with the latent dimension last.")
+    if len({tensor.device for tensor in inputs.values()}) > 1:
+        devices = ", ".join(f"{name} on {tensor.device}" for name, tensor in inputs.items())
+        raise AMVLError(f"{op}: the inputs are on different devices ({devices}); move them to one.")
+    try:
+        return torch.broadcast_tensors(*inputs.values())
+    except RuntimeError:
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
+        raise AMVLError(f"{op}: the shapes do not broadcast ({shapes}); make them equal or expandable.") from None
+
+
+def seed_tensor(op: str, seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """The seed as a one-element int64 tensor on `device`, made without waiting for the device.
+
+    None draws from PyTorch's own generator of that device, so that `torch.manual_seed`, the replay of a
+    checkpointed activation and of a CUDA graph all do what they do for `torch.randn`.
+
+    Raises:
+        AMVLError: if the seed is neither None, nor an int of 64 bits, nor such a tensor on `device`.
+    """
+    if seed is None:
+        return torch.empty(1, dtype=torch.int64, device=device).random_()
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise AMVLError(
+                f"{op}: seed is a {seed.dtype} tensor of shape {list(seed.shape)}; pass an int or a "
+                "one-element int64 tensor."
+            )
+        if seed.device != device:
+            raise AMVLError(f"{op}: seed is on {seed.device} and the op runs on {device}; move the seed there.")
+        return seed.detach().reshape(1)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise AMVLError(f"{op}: seed is {seed!r}; pass an int, a one-element int64 tensor or None.")
+    if not -(2**63) <= seed < 2**63:
+        raise AMVLError(f"{op}: seed {seed} does not fit 64 bits; pass one from -2**63 to 2**63 - 1.")
+    # torch.tensor(seed, device=...) would copy from the host and wait; a fill does not.
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
+
+
+def check_stream(op: str, stream: int) -> int:
+    """The stream number, or AMVLError if it is not an int in [0, 2**32)."""
+    if isinstance(stream, bool) or not isinstance(stream, int) or not 0 <= stream < _MAX_STREAM:
+        raise AMVLError(f"{op}: stream is {stream!r}; pass an int from 0 to 2**32 - 1.")
+    return stream

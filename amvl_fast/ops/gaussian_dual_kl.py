@@ -1,0 +1,120 @@
+"""`gaussian_dual_kl`: sample the posterior and measure both KL divergences to the prior, in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from amvl_fast.ops.arguments import broadcast_inputs, seed_tensor
+from amvl_fast.ops.backends import choose_backend, triton_kernels
+from amvl_fast.ops.philox import philox_normal
+from amvl_fast.reference.gaussian import DualKL
+from amvl_fast.reference.gaussian import gaussian_dual_kl as reference_gaussian_dual_kl
+
+
+class _TritonDualKL(torch.autograd.Function):
+    """One launch forward, one backward. Only inputs and seed are saved: the noise is recomputed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        mean_q: Tensor,
+        logvar_q: Tensor,
+        mean_p: Tensor,
+        logvar_p: Tensor,
+        seed: Tensor,
+        stop_gradient: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        z = torch.empty(mean_q.shape, dtype=mean_q.dtype, device=mean_q.device)
+        forward_kl = torch.empty(mean_q.shape[:-1], dtype=torch.float32, device=mean_q.device)
+        reverse_kl = torch.empty_like(forward_kl)
+        triton_kernels().gaussian_dual_kl_forward(mean_q, logvar_q, mean_p, logvar_p, seed, z, forward_kl, reverse_kl)
+        ctx.save_for_backward(mean_q, logvar_q, mean_p, logvar_p, seed)
+        ctx.stop_gradient = stop_gradient
+        # The gradient of an output that nobody differentiated stays None instead of becoming zeros.
+        ctx.set_materialize_grads(False)
+        return z, forward_kl, reverse_kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_z: Tensor | None, grad_forward_kl: Tensor | None, grad_reverse_kl: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        *inputs, seed = ctx.saved_tensors
+        grads = [
+            torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if needed else None
+            for tensor, needed in zip(inputs, ctx.needs_input_grad, strict=False)
+        ]
+        triton_kernels().gaussian_dual_kl_backward(
+            *inputs, seed, grad_z, grad_forward_kl, grad_reverse_kl, *grads, stop_gradient=ctx.stop_gradient
+        )
+        return *grads, None, None
+
+
+def gaussian_dual_kl(
+    posterior_mean: Tensor,
+    posterior_logvar: Tensor,
+    prior_mean: Tensor,
+    prior_logvar: Tensor,
+    *,
+    seed: int | Tensor | None = None,
+    stop_gradient: bool = True,
+    backend: str | None = None,
+) -> DualKL:
+    """Sample the posterior and compare it with the prior both ways.
+
+    With q the posterior, p the prior and `eps = gaussian_noise(shape, seed)`:
+
+        z          = mean_q + exp(logvar_q / 2) * eps
+        forward_kl = KL(q || p), which with `stop_gradient` moves the prior only
+        reverse_kl = KL(p || q), which with `stop_gradient` moves the posterior only
+
+    These are the terms of AMVL (arXiv 2607.00461). The forms that are computed, accurate where posterior and
+    prior nearly agree, and their gradients are our derivation: see `amvl_fast.reference.gaussian_dual_kl`.
+    The Triton kernels give first derivatives only; `backend="torch"` gives any.
+
+    Args:
+        posterior_mean, posterior_logvar, prior_mean, prior_logvar: `[..., d]`, floating, broadcastable to
+            each other, any strides (halves of a chunked tensor and expanded priors are not copied). Dtypes
+            may differ; what is narrower than float32 is computed in float32.
+        seed: an int, a one-element int64 tensor on the inputs' device, or None to draw one from PyTorch's
+            generator.
+        stop_gradient: if false, both KLs flow into posterior and prior, as in a plain ELBO.
+        backend: `"triton"`, `"torch"`, or None to choose by device.
+
+    Returns:
+        `DualKL(z, forward_kl, reverse_kl)`: z `[..., d]` in the dtype of `posterior_mean`; the KLs `[...]`,
+        summed over the last dimension, in float32 (float64 if an input is float64).
+
+    Raises:
+        AMVLError: (a ValueError) for inputs that do not fit together, a bad seed, or a backend that cannot
+            run here.
+
+    Example:
+        >>> import torch
+        >>> from torch.distributions import Normal, kl_divergence
+        >>> mean_q, logvar_q, mean_p, logvar_p = torch.randn(4, 3, 8)
+        >>> q, p = Normal(mean_q, (logvar_q / 2).exp()), Normal(mean_p, (logvar_p / 2).exp())
+        >>> out = gaussian_dual_kl(mean_q, logvar_q, mean_p, logvar_p, seed=0)
+        >>> torch.testing.assert_close(out.forward_kl, kl_divergence(q, p).sum(-1))
+        >>> torch.testing.assert_close(out.reverse_kl, kl_divergence(p, q).sum(-1))
+    """
+    op = "gaussian_dual_kl"
+    inputs = broadcast_inputs(
+        op,
+        posterior_mean=posterior_mean,
+        posterior_logvar=posterior_logvar,
+        prior_mean=prior_mean,
+        prior_logvar=prior_logvar,
+    )
+    device = inputs[0].device
+    name = choose_backend(backend, inputs, device)
+    seed = seed_tensor(op, seed, device)
+    if name == "triton":
+        return DualKL(*_TritonDualKL.apply(*inputs, seed, stop_gradient))
+    noise = philox_normal(inputs[0].shape, seed)
+    mean_q, logvar_q, mean_p, logvar_p = inputs
+    return reference_gaussian_dual_kl(mean_q, logvar_q, mean_p, logvar_p, noise, stop_gradient=stop_gradient)

@@ -1,0 +1,62 @@
+"""`gaussian_noise`: the standard normals that the latent ops use, on their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from amvl_fast.errors import AMVLError
+from amvl_fast.ops.arguments import check_stream, seed_tensor
+from amvl_fast.ops.backends import choose_backend, triton_kernels
+from amvl_fast.ops.philox import philox_normal
+
+
+def gaussian_noise(
+    shape: Sequence[int],
+    seed: int | Tensor | None,
+    *,
+    device: torch.device | str = "cpu",
+    backend: str | None = None,
+    stream: int = 0,
+) -> Tensor:
+    """Standard normals that depend on (seed, stream, row, column) alone.
+
+    The row is the flattened leading index and the column the index in the last dimension, so a normal stays
+    the same whatever else is in the tensor, on every device and backend (to float32 rounding). Defined in
+    `amvl_fast.ops.philox`: Philox 4x32-10 and Box-Muller.
+
+    Args:
+        shape: `[..., d]`, at least one dimension.
+        seed: an int, a one-element int64 tensor on `device`, or None for one from PyTorch's generator.
+        device: where to make the noise.
+        backend: `"triton"`, `"torch"`, or None to choose by device.
+        stream: number of an independent sequence for the same seed, 0 to 2**32 - 1. `gaussian_dual_kl`
+            uses 0.
+
+    Returns:
+        A float32 tensor of the given shape.
+
+    Raises:
+        AMVLError: (a ValueError) for a shape without dimensions or with a negative one, a bad seed or
+            stream, or a backend that cannot run here.
+
+    Example:
+        >>> noise = gaussian_noise((2, 3, 8), seed=0)
+        >>> bool((gaussian_noise((6, 5), seed=0) == noise.reshape(6, 8)[:, :5]).all())
+        True
+    """
+    op = "gaussian_noise"
+    shape = tuple(int(size) for size in shape)
+    if not shape or min(shape) < 0:
+        raise AMVLError(f"{op}: shape is {list(shape)}; pass at least one dimension and no negative size.")
+    # An empty tensor resolves "cuda" to the current device, index included.
+    device = torch.empty(0, device=device).device
+    seed = seed_tensor(op, seed, device)
+    stream = check_stream(op, stream)
+    if choose_backend(backend, [], device) == "torch":
+        return philox_normal(shape, seed, stream=stream)
+    out = torch.empty(shape, dtype=torch.float32, device=device)
+    triton_kernels().gaussian_noise(out, seed, stream)
+    return out

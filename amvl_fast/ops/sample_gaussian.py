@@ -1,0 +1,92 @@
+"""`sample_gaussian`: a reparameterised sample of one Gaussian, with a temperature."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from amvl_fast.errors import AMVLError
+from amvl_fast.ops.arguments import broadcast_inputs, check_stream, seed_tensor
+from amvl_fast.ops.backends import choose_backend, triton_kernels
+from amvl_fast.ops.philox import philox_normal
+
+
+class _TritonSample(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, logvar: Tensor, seed: Tensor, temperature: float, stream: int) -> Tensor:
+        z = torch.empty(mean.shape, dtype=mean.dtype, device=mean.device)
+        triton_kernels().sample_gaussian_forward(mean, logvar, seed, temperature, stream, z)
+        ctx.save_for_backward(logvar, seed)
+        ctx.temperature, ctx.stream = temperature, stream
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
+        logvar, seed = ctx.saved_tensors
+        grad_mean = grad_z if ctx.needs_input_grad[0] else None
+        grad_logvar = None
+        if ctx.needs_input_grad[1]:
+            grad_logvar = torch.empty(logvar.shape, dtype=logvar.dtype, device=logvar.device)
+            triton_kernels().sample_gaussian_backward(grad_z, logvar, seed, ctx.temperature, ctx.stream, grad_logvar)
+        return grad_mean, grad_logvar, None, None, None
+
+
+def sample_gaussian(
+    mean: Tensor,
+    logvar: Tensor,
+    *,
+    temperature: float = 1.0,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+    stream: int = 0,
+) -> Tensor:
+    """`mean + temperature * exp(logvar / 2) * eps`, differentiable in `mean` and `logvar`.
+
+    The reparameterised sample by which inference draws latents from the prior (arXiv 2607.00461). `eps` is
+    `gaussian_noise(shape, seed, stream=stream)`; it is recomputed in the backward pass, never stored, by the
+    kernels. They give first derivatives only; `backend="torch"` gives any.
+
+    Args:
+        mean, logvar: `[..., d]`, floating, broadcastable to each other, any strides.
+        temperature: scales the standard deviation. 0 gives the mean exactly, whatever `logvar` is.
+        seed: an int, a one-element int64 tensor on the inputs' device, or None to draw one from PyTorch's
+            generator.
+        backend: `"triton"`, `"torch"`, or None to choose by device.
+        stream: number of an independent sequence of noise for the same seed, 0 to 2**32 - 1.
+
+    Returns:
+        The sample, in the broadcast shape and the dtype of `mean`.
+
+    Raises:
+        AMVLError: (a ValueError) for a temperature that is negative or not finite, inputs that do not fit
+            together, a bad seed or stream, or a backend that cannot run here.
+
+    Example:
+        >>> import torch
+        >>> from amvl_fast import gaussian_noise
+        >>> mean, logvar = torch.randn(2, 5, 8)
+        >>> z = sample_gaussian(mean, logvar, temperature=0.5, seed=3)
+        >>> torch.testing.assert_close(z, mean + 0.5 * (logvar / 2).exp() * gaussian_noise((5, 8), 3))
+    """
+    op = "sample_gaussian"
+    temperature = float(temperature)
+    if not 0.0 <= temperature < math.inf:
+        raise AMVLError(f"{op}: temperature is {temperature}; pass a finite number that is not negative.")
+    dtype = mean.dtype if isinstance(mean, Tensor) else None
+    mean, logvar = broadcast_inputs(op, mean=mean, logvar=logvar)
+    stream = check_stream(op, stream)
+    name = choose_backend(backend, (mean, logvar), mean.device)
+    seed = seed_tensor(op, seed, mean.device)
+    if temperature == 0.0:
+        # Not 0 * exp(logvar / 2): that is NaN where the exponential overflows.
+        return mean.clone(memory_format=torch.contiguous_format)
+    if name == "triton":
+        return _TritonSample.apply(mean, logvar, seed, temperature, stream)
+    compute = torch.float64 if torch.float64 in (mean.dtype, logvar.dtype) else torch.float32
+    noise = philox_normal(mean.shape, seed, stream=stream).to(compute)
+    return (mean.to(compute) + temperature * torch.exp(logvar.to(compute) / 2) * noise).to(dtype)

@@ -1,0 +1,7 @@
+"""Training runs: their YAML, the trainer, and checkpoints that are whole or absent."""
+
+from amvl_fast.training.config import RunConfig, read_config
+from amvl_fast.training.run import load_run, read_run_file, train
+from amvl_fast.training.trainer import AMVLTrainer
+
+__all__ = ["AMVLTrainer", "RunConfig", "load_run", "read_config", "read_run_file", "train"]

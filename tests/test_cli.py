@@ -1,0 +1,87 @@
+"""The command line: help without waiting, errors in one line, and what doctor and generate print."""
+
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from amvl_fast import AMVLConfig, AMVLModel
+from amvl_fast.cli import main
+from amvl_fast.data import ChatCollator
+from amvl_fast.doctor import report
+from amvl_fast.evaluation import answer
+from amvl_fast.ops import backend_status
+from amvl_fast.tiny import build_tiny_base
+
+SIZES = dict(hidden_size=32, num_layers=1, num_heads=4, num_key_value_heads=2, vision_hidden_size=32, vision_depth=1)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    from transformers import AutoProcessor
+
+    directory = tmp_path_factory.mktemp("run")
+    base = build_tiny_base(tmp_path_factory.mktemp("base"), ["what colour is it?", "red"], **SIZES)
+    torch.manual_seed(0)
+    AMVLModel.from_backbone(str(base), AMVLConfig(num_latents=2, latent_dim=4)).save_pretrained(directory)
+    AutoProcessor.from_pretrained(base).save_pretrained(directory)
+    return directory
+
+
+def test_help_names_every_verb(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(verb in printed for verb in ("train", "evaluate", "generate", "doctor"))
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # what Python does for a module that is not there
+    monkeypatch.delitem(sys.modules, "amvl_fast.data.table", raising=False)
+    assert main(["train", "missing.yaml"]) == 2
+    assert "missing.yaml" in capsys.readouterr().err
+
+
+def test_generate_prints_the_answer_of_the_run(run, tmp_path, capsys):
+    from amvl_fast.training import load_run
+
+    image = Image.new("RGB", (32, 32), "red")
+    image.save(tmp_path / "red.png")
+    arguments = [
+        "generate",
+        str(run),
+        "--image",
+        str(tmp_path / "red.png"),
+        "--question",
+        "what colour is it?",
+    ]
+    assert main([*arguments, "--max-new-tokens", "4", "--seed", "3"]) == 0
+    printed = capsys.readouterr().out.strip()
+    model, processor, _ = load_run(run)
+    content = [{"type": "image"}, {"type": "text", "text": "what colour is it?"}]
+    row = {"messages": [{"role": "user", "content": content}], "images": [image]}
+    assert printed == answer(model, ChatCollator(processor), [row], seed=3, max_new_tokens=4)[0]
+
+
+def test_generate_tells_of_a_missing_image_and_a_missing_run(run, tmp_path, capsys):
+    (tmp_path / "text.png").write_text("no picture")
+    for image, where, words in (
+        (tmp_path / "gone.png", run, "gone.png"),
+        (tmp_path / "text.png", run, "text.png"),
+        (tmp_path / "text.png", tmp_path, "text.png"),
+    ):
+        assert main(["generate", str(where), "--image", str(image), "--question", "what?"]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("amvl-fast: ") and words in error
+
+
+def test_doctor_names_versions_devices_and_every_backend(capsys):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert torch.__version__.split("+")[0] in printed
+    for name, reason in backend_status().items():
+        line = next(line for line in printed.splitlines() if line.startswith(f"backend {name}"))
+        assert ("available" if reason is None else reason) in line
+    assert printed.strip() == report().strip()
