@@ -56,9 +56,17 @@ def parser() -> argparse.ArgumentParser:
 # Imports stand in the verbs: doctor must run where the extras that the others need are missing.
 
 
+def quiet() -> None:
+    """Leave transformers' bars for loading and saving out: they last an instant and tear the training's own bar."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def run_train(arguments: argparse.Namespace) -> int:
     from amvl_fast.training import read_config, train
 
+    quiet()
     stopped_at = train(read_config(arguments.config, arguments.overrides))
     if stopped_at is None:
         return 0
@@ -69,6 +77,7 @@ def run_train(arguments: argparse.Namespace) -> int:
 def run_evaluate(arguments: argparse.Namespace) -> int:
     from amvl_fast.report import evaluate_run
 
+    quiet()
     path = evaluate_run(
         arguments.run_dir,
         baseline=arguments.baseline,
@@ -86,6 +95,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
     from amvl_fast.evaluation import answer
     from amvl_fast.training import load_run
 
+    quiet()
     image = open_image(arguments.image)
     model, processor, _ = load_run(arguments.run_dir)
     content = [{"type": "image"}, {"type": "text", "text": arguments.question}]

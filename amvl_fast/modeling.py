@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from amvl_fast.backbones import Adapter, adapter_for
@@ -306,3 +306,8 @@ class AMVLModel(PreTrainedModel):
         # A part missing from a checkpoint starts as in `from_backbone`, at the usual spread of token embeddings.
         if isinstance(module, Latents):
             module.reset_parameters(embedding_rms=0.02, end=torch.zeros_like(module.slots[0]))
+
+
+# `Auto` classes then load an AMVL checkpoint wherever amvl_fast has been imported.
+AutoConfig.register(AMVLConfig.model_type, AMVLConfig)
+AutoModelForImageTextToText.register(AMVLConfig, AMVLModel)

@@ -1,4 +1,4 @@
-"""A run's evaluation and report: what is on disk afterwards, the verdict, and what is refused."""
+"""A run's evaluation and report: what is on disk afterwards, and what is refused."""
 
 import json
 import re
@@ -7,6 +7,7 @@ import sys
 import datasets
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -15,10 +16,10 @@ from amvl_fast.data import ChatCollator, ChatDataset
 from amvl_fast.errors import AMVLError
 from amvl_fast.report import evaluate_run
 from amvl_fast.report.answers import choose
-from amvl_fast.report.evaluated import EvaluatedRun, read_evaluated, read_state
-from amvl_fast.report.page import table
+from amvl_fast.report.evaluated import read_evaluated, read_state
+from amvl_fast.report.plots import draw_kl, kl_series
 from amvl_fast.report.swap import swap_latents
-from amvl_fast.report.verdict import difference, judge, wilson
+from amvl_fast.report.verdict import judge
 from amvl_fast.tiny import build_tiny_base
 
 SIZES = dict(hidden_size=32, num_layers=1, num_heads=4, num_key_value_heads=2, vision_hidden_size=32, vision_depth=1)
@@ -41,7 +42,7 @@ def root(tmp_path_factory):
     lines = []
     for i in range(9):
         Image.new("RGB", (32, 48), COLOURS[i % 3]).save(root / f"{i}.png")
-        words = {"type": "text", "text": f"what colour is it for $5 and ${i}_{{?"}
+        words = {"type": "text", "text": f"is it $_{{$ {i}?"}
         user = {"role": "user", "content": [{"type": "image"}, words]}
         messages = [user, {"role": "assistant", "content": COLOURS[i % 3]}]
         lines.append(json.dumps({"messages": messages, "images": [f"{i}.png"], "kind": ("odd", "even")[i % 2]}))
@@ -61,7 +62,7 @@ def log(latents=True):
             "beta": 0.1 * step,
             "gamma": 0,
         }
-        nll = {"eval_nll_posterior": 0.5, "eval_nll_prior": 1 / step} if latents else {"eval_nll": 1 / step}
+        nll = {"eval_nll_posterior": 0.8 / step, "eval_nll_prior": 1 / step} if latents else {"eval_nll": 1 / step}
         entries += [{"step": step, **(training if latents else {"loss": 1.0})}]
         entries += [{"step": step, "eval_accuracy": 0.1 * step, **nll}]
     return entries
@@ -189,6 +190,16 @@ def test_without_matplotlib_the_evaluation_is_written_all_the_same(root, monkeyp
     assert not (run / "report.md").exists()
 
 
+def test_kls_are_drawn_in_nats_per_row_and_zeros_on_the_floor(both):
+    curves = [kl_series(read_evaluated(both[1]), name) for name in ("forward_kl", "reverse_kl")]
+    assert curves[0] == ([2, 4, 6], pytest.approx([800.0, 8e-7, 0.0]))  # logged as a mean over 2 x 4 elements
+    axes = Figure().subplots()
+    draw_kl(axes, curves)
+    assert [list(line.get_ydata()) for line in axes.lines[:2]] == [[800, 1e-4, 1e-4], [1600, 1e-4, 1e-4]]
+    assert axes.get_ylim()[0] < 1e-4
+    assert "KL(q‖p)  below 0.0001" in [text.get_text() for text in axes.texts]
+
+
 def test_a_swap_costs_something_only_if_the_decoder_reads_the_latents(root, both):
     model = AMVLModel.from_pretrained(both[1]).eval()
     rows = ChatDataset(root / "test.jsonl")
@@ -199,85 +210,6 @@ def test_a_swap_costs_something_only_if_the_decoder_reads_the_latents(root, both
     assert swap_latents(model, collator, rows, batch_size=9, seed=0) == found  # nothing stays swapped
     model.latents.projection.register_forward_hook(lambda module, args, out: torch.zeros_like(out))
     assert swap_latents(model, collator, rows, batch_size=9, seed=0)["swap_cost"] == pytest.approx(0, abs=1e-6)
-
-
-def evaluated(tmp_path, accuracy, *, name="run", rows=1000, **metrics):
-    hits = round(accuracy * rows)
-    predictions = [{"correct": i < hits} for i in range(rows)]
-    record = {"metrics": {"accuracy": accuracy, "nll": 0.3, **metrics}, "latents": {"num_latents": 2, "latent_dim": 4}}
-    record["selection"] = {"rows": rows, "drawn_with_seed": None}
-    return EvaluatedRun(tmp_path / name, record, predictions, [])
-
-
-HEALTHY = {
-    "nll_posterior": 0.30,
-    "nll_prior": 0.33,
-    "leakage": 0.03,
-    "forward_kl_per_slot": [0.2, 0.3],
-    "reverse_kl_per_slot": [0.2, 0.4],
-    "active_units_posterior": [4, 2],
-    "active_units_prior": [3, 2],
-    "swap_cost": 0.2,
-    "swap_nll_own": 0.33,
-    "swap_nll_other": 0.53,
-    "swap_rows": 1000,
-}
-GAP = {"nll_prior": 0.5, "leakage": 0.2}
-
-
-@pytest.mark.parametrize(
-    ("changes", "accuracy", "baseline", "expected"),
-    [
-        ({}, 0.8, 0.8, "🟢 in use"),
-        ({}, 0.8, None, "🟢 in use"),
-        ({}, 0.7, 0.8, "🟡 in use, at a cost"),
-        ({"active_units_posterior": [0, 0]}, 0.8, 0.8, "🔴 collapsed"),
-        ({"forward_kl_per_slot": [0.004, 0.005]}, 0.8, 0.8, "🔴 collapsed"),
-        ({"forward_kl_per_slot": [0.006, 0.006]}, 0.8, 0.8, "🟢 in use"),
-        (GAP, 0.5, 0.8, "🔴 leaking"),
-        (GAP, 0.79, 0.8, "🔴 leaking"),  # paired: ten rows lost and none won is clear
-        (GAP, 0.8, 0.8, "🟡 in use, with a gap"),
-        (GAP, 0.8, None, "🟡 perhaps leaking"),
-        ({"leakage": 0.09}, 0.8, None, "🟢 in use"),
-        ({"active_units_prior": [0, 0]}, 0.8, 0.8, "🟡 idle at inference"),
-        ({"swap_cost": 0.009}, 0.8, 0.8, "🔴 ignored"),
-        ({"forward_kl_per_slot": [float("nan"), 1.0]}, 0.8, 0.8, "🔴 broken"),
-    ],
-)
-def test_the_verdict(tmp_path, changes, accuracy, baseline, expected):
-    other = None if baseline is None else evaluated(tmp_path, baseline, name="plain")
-    verdict = judge(evaluated(tmp_path, accuracy, **{**HEALTHY, **changes}), other)
-    assert f"{verdict.mark} {verdict.headline}" == expected.replace(" ", " Latents: ", 1)
-    words = " ".join(verdict.sentences)
-    for threshold in ("below 0.01", "over 0.1 more", "none in the posterior"):
-        assert threshold in words
-    assert ("not compared" in words) == (baseline is None)
-
-
-def test_a_verdict_with_nothing_to_swap_claims_nothing(tmp_path):
-    metrics = {name: value for name, value in HEALTHY.items() if not name.startswith("swap")}
-    assert judge(evaluated(tmp_path, 0.8, **metrics)).headline == "Latents: untested"
-
-
-def test_intervals():
-    # Wilson, from Newcombe 1998, table I: 81 of 263 and 0 of 20.
-    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
-    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
-    delta, low, high = difference([True, True, False, False], [True, False, True, False])
-    assert delta == 0
-    assert low == -high
-    # One row proves nothing, whatever the naive variance says.
-    assert difference([False], [True])[2] > 0
-    assert difference([False] * 50, [True] * 50)[2] < 0
-
-
-def test_the_table_leaves_empty_what_a_run_does_not_have(tmp_path):
-    lines = table([evaluated(tmp_path, 0.8, **HEALTHY), evaluated(tmp_path, 0.75, name="plain")]).splitlines()
-    assert lines[0] == "| all 1,000 test rows | run | plain (baseline) |"
-    assert lines[2] == "| accuracy, 95% interval | **80.0% (77.4 to 82.4)** | **75.0% (72.2 to 77.6)** |"
-    assert "| nats per answer token, no latents |  | 0.300 |" in lines
-    assert "| forward KL(q‖p), nats per row | 0.50 |  |" in lines
-    assert "| active units of 8, posterior | 6 |  |" in lines
 
 
 def test_examples_hold_wrong_and_right_answers_and_repeat():

@@ -99,13 +99,15 @@ def nll(path: Path, run: EvaluatedRun, baseline: EvaluatedRun | None) -> str | N
 
 
 def shade_leakage(axes: Any, steps: list[int], prior: list[float], posterior: list[float]) -> None:
-    axes.fill_between(steps, posterior, prior, color=POSTERIOR, alpha=0.14, linewidth=0)
     gaps = [a - b for a, b in zip(prior, posterior, strict=True)]
+    leaks = [gap > 0 for gap in gaps]
+    shade = {"where": leaks, "interpolate": True, "color": POSTERIOR, "alpha": 0.14, "linewidth": 0}
+    axes.fill_between(steps, posterior, prior, **shade)
     # Not at the ends, where the label would leave the shade.
-    widest = max(range(len(gaps)), key=lambda i: (abs(gaps[i]) if 0 < i < len(gaps) - 1 else 0, i))
+    widest = max(range(len(gaps)), key=lambda i: (gaps[i] if 0 < i < len(gaps) - 1 else 0, i))
     low, high = axes.get_ylim()
     style = {"color": POSTERIOR, "ha": "center", "va": "center"}
-    if abs(gaps[widest]) > 0.09 * (high - low):
+    if gaps[widest] > 0.09 * (high - low):
         axes.text(steps[widest], (prior[widest] + posterior[widest]) / 2, "leakage", **style)
     else:
         text = f"leakage {signed(gaps[-1])} at the end"
@@ -176,7 +178,7 @@ def schedule(axes: Any, run: EvaluatedRun) -> None:
     ends = []
     for name, colour in (("beta", FORWARD), ("gamma", REVERSE)):
         steps, values = run.series(name)
-        axes.plot(steps, values, color=colour, linewidth=1.6)
+        axes.plot(steps, values, color=colour, linewidth=1.6, clip_on=False)  # 0 lies on the edge
         if values:
             ends.append((values[-1], f"{name}  {values[-1]:g}", colour))
     axes.set_ylim(bottom=0)

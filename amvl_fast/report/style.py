@@ -6,6 +6,7 @@ matplotlib's object interface only: drawing leaves a user's own pyplot figures a
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,9 @@ def canvas(path: Path, width: float, height: float) -> Iterator[Any]:
         figure = Figure(figsize=(width, height), layout=layout)
         yield figure
         aside = path.with_suffix(".unfinished")
-        figure.savefig(aside, format="png")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # data may be in any script; a box is drawn instead
+            figure.savefig(aside, format="png")
         aside.replace(path)
 
 

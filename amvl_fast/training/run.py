@@ -32,6 +32,7 @@ RUN_FILE = "amvl_run.json"
 # is NaN ends the run instead of being left out of the average.
 DEFAULTS: dict[str, Any] = {
     "remove_unused_columns": False,
+    "dataloader_pin_memory": torch.cuda.is_available(),
     "report_to": "tensorboard",
     "logging_nan_inf_filter": False,
     "logging_steps": 10,
@@ -149,9 +150,7 @@ def load_run(run_dir: str | Path) -> tuple[PreTrainedModel, Any, Path]:
     source = run_dir if (run_dir / "config.json").is_file() else newest(run_dir)
     if source is None:
         raise AMVLError(f"{run_dir} holds no trained model; give the training.output_dir of a run.")
-    kind = json.loads((source / "config.json").read_text()).get("model_type")
-    cls = AMVLModel if kind == AMVLConfig.model_type else AutoModelForImageTextToText
-    return cls.from_pretrained(source).eval(), AutoProcessor.from_pretrained(source), source
+    return AutoModelForImageTextToText.from_pretrained(source).eval(), AutoProcessor.from_pretrained(source), source
 
 
 def write_run_file(config: RunConfig) -> None:

@@ -1,7 +1,10 @@
 """The YAML file: what it gives, what overrides do, and how mistakes are told."""
 
+from pathlib import Path
+
 import pytest
 
+from amvl_fast import AMVLConfig
 from amvl_fast.errors import AMVLError
 from amvl_fast.training import read_config
 from amvl_fast.training.config import LATENT_KEYS
@@ -61,3 +64,11 @@ def test_bad_files_are_told(settings, write, tmp_path):
         path.write_text(text)
         with pytest.raises(AMVLError, match=words):
             read_config(path)
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").rglob("*.yaml")), ids=str)
+def test_shipped_configurations_are_read(path):
+    config = read_config(path)
+    assert config.output_dir.parts[0] == "runs"
+    if config.objective.terms.latents:
+        assert AMVLConfig(**config.latents).num_latents == config.latents["num_latents"]
