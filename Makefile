@@ -5,16 +5,26 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo demo-seeds test test-all lint clean
 
 # Each command is echoed as it runs, so what make does can be repeated by hand.
 demo: $(STAMP)
-	$(BIN)/python -m amvl_fast.demo runs/easy_vqa
+	$(BIN)/python -m amvl_fast.demo prepare runs/easy_vqa
 	$(BIN)/amvl-fast train configs/easy_vqa/base.yaml
 	$(BIN)/amvl-fast train configs/easy_vqa/plain.yaml
 	$(BIN)/amvl-fast train configs/easy_vqa/amvl.yaml
 	$(BIN)/amvl-fast evaluate runs/easy_vqa/plain
 	$(BIN)/amvl-fast evaluate runs/easy_vqa/amvl --baseline runs/easy_vqa/plain
+
+# What one seed cannot tell: the demo's comparison over three. Needs the demo's base; takes about half an hour.
+SEEDS := 0 1 2
+demo-seeds: $(STAMP)
+	for seed in $(SEEDS); do for name in plain ntp amvl; do \
+	  run=runs/easy_vqa/seeds/$$name-$$seed; \
+	  $(BIN)/amvl-fast train configs/easy_vqa/$$name.yaml training.seed=$$seed training.output_dir=$$run && \
+	  $(BIN)/amvl-fast evaluate $$run || exit 1; \
+	done; done
+	$(BIN)/python -m amvl_fast.demo table runs/easy_vqa/seeds
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -1,13 +1,16 @@
-"""Prepares the demo: easy-VQA as chat files, and an untrained tiny Qwen2.5-VL to start from.
+"""What the demo needs besides ordinary ``amvl-fast`` commands (see the Makefile).
 
-``python -m amvl_fast.demo DIRECTORY`` writes ``DIRECTORY/data`` and ``DIRECTORY/init``; what follows are ordinary
-``amvl-fast`` commands (see the Makefile).
+``python -m amvl_fast.demo prepare DIRECTORY`` writes easy-VQA as chat files to ``DIRECTORY/data`` and an untrained tiny
+Qwen2.5-VL to ``DIRECTORY/init``; ``python -m amvl_fast.demo table DIRECTORY`` compares evaluated runs over seeds.
 """
 
 from __future__ import annotations
 
+import json
+import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 from amvl_fast.data import ChatDataset, write_easy_vqa
 from amvl_fast.data.rows import text_of
@@ -28,5 +31,33 @@ def prepare(directory: str | Path) -> None:
     build_tiny_base(directory / "init", sorted(texts), **SIZES)
 
 
+def seed_table(directory: str | Path) -> str:
+    """Mean and spread over seeds of the evaluated runs ``directory/NAME-SEED``, as a Markdown table."""
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(Path(directory).glob("*-*/evaluation.json")):
+        runs.setdefault(path.parent.name.rpartition("-")[0], []).append(json.loads(path.read_text())["metrics"])
+    heads = ["", "seeds", "accuracy, %", "leakage", "forward KL", "active units, prior", "swap cost"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, metrics in runs.items():
+        columns = [spread([100 * m["accuracy"] for m in metrics], "{:.1f}")]
+        if "leakage" in metrics[0]:
+            columns.append(spread([m["leakage"] for m in metrics], "{:.3f}"))
+            columns.append(spread([sum(m["forward_kl_per_slot"]) for m in metrics], "{:.3g}"))
+            columns.append(spread([sum(m["active_units_prior"]) for m in metrics], "{:.0f}"))
+            columns.append(spread([m["swap_cost"] for m in metrics], "{:.3f}"))
+        columns += [""] * (5 - len(columns))
+        lines.append(f"| {name} | {len(metrics)} | {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float], form: str) -> str:
+    """The mean, and the smallest and largest value."""
+    texts = [form.format(value) for value in (statistics.mean(values), min(values), max(values))]
+    return f"{texts[0]} ({texts[1]} to {texts[2]})"
+
+
 if __name__ == "__main__":
-    prepare(sys.argv[1])
+    if sys.argv[1] == "table":
+        print(seed_table(sys.argv[2]))
+    else:
+        prepare(sys.argv[2])
