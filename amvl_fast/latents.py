@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from amvl_fast.configuration import AMVLConfig
 
 
+# How far the slots start from one another, as a share of the token embeddings' root mean square.
+SLOT_SPREAD = 0.3
+
+
 class Gaussian(NamedTuple):
     """A diagonal Gaussian over the latents: `mean` and `logvar`, both ``(batch, num_latents, latent_dim)``."""
 
@@ -97,10 +101,12 @@ class Latents(nn.Module):
         """Start from scratch.
 
         Args:
-            embedding_rms: root mean square of the backbone's token embeddings, the scale of slots and latents.
-            end: ``(hidden_size,)``, where the end-of-latents embedding starts.
+            embedding_rms: root mean square of the backbone's token embeddings, the scale of latents.
+            end: ``(hidden_size,)``, the embedding that prompts end with. The end-of-latents embedding starts there, so
+                that the row which predicts the answer's first token looks as it did to the backbone; the slots start
+                near it, so that the backbone does at each what it does there: prepare the answer.
         """
-        self.slots.normal_(std=embedding_rms)
+        self.slots.normal_(std=SLOT_SPREAD * embedding_rms).add_(end)
         self.end.copy_(end.expand_as(self.end))
         self.posterior_head.reset_parameters()
         # The prior starts as the posterior: what separates them at first is only that one has seen the answer.

@@ -111,9 +111,9 @@ class AMVLModel(PreTrainedModel):
                 hub name of one.
             config: the latents' configuration; None takes the defaults.
             freeze_vision: take the vision tower out of training.
-            end_token_id: the token that your prompts end with. The end-of-latents embedding starts as its embedding,
-                so that the row which predicts the answer's first token looks as it did to the backbone, and training
-                starts from the backbone's accuracy instead of from noise. None starts it at the mean embedding.
+            end_token_id: the token that your prompts end with (`input_ids[0, -1]` of a prompt without padding on the
+                right). Slots and end-of-latents embedding start from its embedding, so that training starts from
+                the backbone's accuracy instead of from noise. None starts them from the mean embedding.
             kwargs: passed to ``AutoModelForImageTextToText.from_pretrained`` with a name (`dtype`, `device_map`,
                 `attn_implementation`, ...).
 

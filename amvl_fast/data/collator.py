@@ -9,6 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from amvl_fast.errors import AMVLError
+from amvl_fast.samples import require_finite
 
 # What a processor returns with one value per token, and that value on an answer; the rest is per image.
 ON_ANSWER = {"attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids": 0}
@@ -77,7 +78,10 @@ class ChatCollator:
                 f"The processor refused a row among {numbers} ({str(error).rstrip('.')}): check their "
                 "images, and that no text holds a special token such as the image token."
             ) from error
-        return dict(inputs)
+        inputs = dict(inputs)
+        # Here, on the CPU, looking is cheap; on a GPU it would stall every step.
+        require_finite(**{name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)})
+        return inputs
 
     def _answer(self, row: dict[str, Any], prompt: str) -> str:
         if len(_prompt(row)) == len(row["messages"]):

@@ -63,7 +63,17 @@ def test_z_enters_at_the_scale_of_token_embeddings(base):
     embeddings = model.get_input_embeddings().weight.square().mean().sqrt()
     entered = model.latents.projection(torch.randn(100, 2, 64)).square().mean().sqrt()
     assert abs(entered / embeddings - 1) < 0.02
-    assert abs(model.latents.slots.square().mean().sqrt() / embeddings - 1) < 0.3
+
+
+def test_slots_and_end_start_from_the_token_that_ends_the_prompt(base):
+    config = AMVLConfig(num_latents=40, latent_dim=2)
+    model = AMVLModel.from_backbone(str(base), config, end_token_id=7)
+    table = model.get_input_embeddings().weight
+    assert torch.equal(model.latents.end[0], table[7])
+    spread = (model.latents.slots - table[7]).square().mean().sqrt() / table.square().mean().sqrt()
+    assert abs(spread - 0.3) < 0.03
+    without = AMVLModel.from_backbone(str(base), config)
+    assert torch.equal(without.latents.end[0], without.get_input_embeddings().weight.mean(0))
 
 
 def test_log_variances_start_where_asked_and_stay_bounded(base):

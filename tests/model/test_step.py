@@ -227,6 +227,12 @@ def test_labels_on_padding_are_refused(model, batch):
         model(**batch, seed=1)
 
 
+def test_nan_images_are_refused_by_the_collator(processor, rows, monkeypatch):
+    monkeypatch.setattr(processor.image_processor, "image_std", [0.0, 0.0, 0.0])
+    with pytest.raises(AMVLError, match="pixel_values holds NaN"):
+        ChatCollator(processor)(rows)
+
+
 def test_other_bad_calls_are_refused(model, batch):
     with pytest.raises(AMVLError, match="pixel_values holds NaN"):
         model(
