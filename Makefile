@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-seeds test test-all lint clean
+.PHONY: demo demo-seeds test test-all bench lint clean
 
 # Each command is echoed as it runs, so what make does can be repeated by hand.
 demo: $(STAMP)
@@ -32,6 +32,10 @@ test: $(STAMP)
 # The slow tests too.
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m ""
+
+# Speed, as ratios within one run.
+bench: $(STAMP)
+	$(BIN)/python -m pytest benchmarks
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

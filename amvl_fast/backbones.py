@@ -60,7 +60,11 @@ class Qwen2_5_VLAdapter:
 
     def embed(self, input_ids: Tensor, *, pixel_values: Tensor | None = None, **vision: Any) -> Tensor:
         embeds = self.model.get_input_embeddings()(input_ids)
+        if (pixel_values is None) != (vision.get("image_grid_thw") is None):
+            raise AMVLError("pixel_values and image_grid_thw go together; pass all that the processor returned.")
         if pixel_values is None:
+            if (input_ids == self.model.config.image_token_id).any():
+                raise AMVLError("input_ids hold image tokens, but pixel_values are missing; pass the images too.")
             return embeds
         inner = self.model.model
         features = inner.get_image_features(pixel_values, vision["image_grid_thw"], return_dict=True).pooler_output

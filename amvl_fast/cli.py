@@ -21,6 +21,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def positive(text: str) -> int:
+    """The type of an argument that counts something."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return number
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="amvl-fast", description="Latent reasoning for vision-language models.")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -33,10 +44,10 @@ def parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("evaluate", help="evaluate a run on its test rows and write its report")
     verb.add_argument("run_dir", metavar="RUN")
     verb.add_argument("--baseline", metavar="RUN", help="an evaluated run to set beside this one")
-    verb.add_argument("--rows", type=int, help="evaluate this many test rows only, drawn with the seed")
+    verb.add_argument("--rows", type=positive, help="evaluate this many test rows only, drawn with the seed")
     verb.add_argument("--latent-temperature", type=float, help="spread of the latents; 0 answers from their mean")
     verb.add_argument("--seed", type=int, default=0)
-    verb.add_argument("--batch-size", type=int, default=100)
+    verb.add_argument("--batch-size", type=positive)
     verb.set_defaults(run=run_evaluate)
 
     verb = verbs.add_parser("generate", help="answer a question about an image")
@@ -45,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--question", required=True, metavar="TEXT")
     verb.add_argument("--latent-temperature", type=float)
     verb.add_argument("--seed", type=int, default=0)
-    verb.add_argument("--max-new-tokens", type=int, default=64)
+    verb.add_argument("--max-new-tokens", type=positive, default=64)
     verb.set_defaults(run=run_generate)
 
     verb = verbs.add_parser("doctor", help="versions, devices, and which backends run here")

@@ -18,6 +18,18 @@ from amvl_fast.modeling import AMVLModel
 
 ACTIVE_VARIANCE = 0.01
 
+# Said in full, because checkpoints bring defaults of their own, and a penalty means something else with latents: they
+# enter as embeddings, so the prompt's tokens are not penalised.
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+}
+
 
 class Evaluation(NamedTuple):
     """What `evaluate` found.
@@ -91,7 +103,7 @@ def answer(
     if isinstance(model, AMVLModel):
         generate_kwargs |= {"latent_temperature": latent_temperature, "seed": seed}
     generate: Any = model.generate  # transformers mixes it in under a type that mypy cannot call
-    tokens = generate(**inputs, **{"do_sample": False, **generate_kwargs})
+    tokens = generate(**inputs, **{**GREEDY, **generate_kwargs})
     new = tokens[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in collator.processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
@@ -141,7 +153,7 @@ def normalise(text: str) -> str:
 def prediction(row: dict[str, Any], text: str) -> dict[str, Any]:
     return {
         "row": row["row"],
-        "kind": row.get("kind", "all"),
+        "kind": str(row.get("kind") or "all"),
         "question": next(text_of(m) for m in reversed(row["messages"]) if m["role"] == "user"),
         "answer": row["answer"],
         "prediction": text,

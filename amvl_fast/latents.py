@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from amvl_fast.configuration import AMVLConfig
 
-
 # How far the slots start from one another, as a share of the token embeddings' root mean square.
 SLOT_SPREAD = 0.3
 
@@ -27,7 +26,7 @@ class Gaussian(NamedTuple):
 
 
 class GaussianHead(nn.Module):
-    """Final hidden states at the slots ``(batch, k, hidden_size)`` -> `Gaussian` of ``(batch, k, latent_dim)``.
+    """Final hidden states at the slots ``(batch, k, hidden_size)`` -> `Gaussian`, in float32 or wider.
 
     One linear map gives mean and raw log-variance; a scaled sigmoid bounds the latter:
     ``logvar = low + (high - low) * sigmoid(raw)``. The initial bias places it at `logvar_init`.
@@ -39,17 +38,22 @@ class GaussianHead(nn.Module):
         self.linear = nn.Linear(hidden_size, 2 * latent_dim)
 
     def forward(self, hidden: Tensor) -> Gaussian:
-        mean, raw = self.linear(hidden).chunk(2, dim=-1)
+        # Never below float32: near -3 a bfloat16 log-variance moves in steps of 1/64, more than two trained
+        # distributions differ by.
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            weight, bias = self.linear.weight.to(dtype), self.linear.bias.to(dtype)
+            mean, raw = nn.functional.linear(hidden.to(dtype), weight, bias).chunk(2, dim=-1)
         return Gaussian(mean, self.low + (self.high - self.low) * raw.sigmoid())
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        # Small, whatever the hidden size. Prior and posterior read different contexts; with heads of usual size they
-        # start hundreds of nats apart, and for the first steps that KL's gradient is all that clipping lets through.
+        # Means of unit spread whatever the hidden size, so that a sample says something from the first step (with a
+        # tenth of that the decoder learnt to ignore latents as noise); log-variances near `start` with little spread.
         share = (self.start - self.low) / (self.high - self.low)
         mean_weight, raw_weight = self.linear.weight.chunk(2)
         mean_bias, raw_bias = self.linear.bias.chunk(2)
-        mean_weight.normal_(std=0.1 / math.sqrt(self.linear.in_features))
+        mean_weight.normal_(std=1 / math.sqrt(self.linear.in_features))
         raw_weight.normal_(std=0.1 / math.sqrt(self.linear.in_features))
         mean_bias.zero_()
         raw_bias.fill_(math.log(share / (1 - share)))
@@ -68,7 +72,7 @@ class LatentProjection(nn.Module):
         self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.norm(self.linear(z))
+        return self.norm(self.linear(z.to(self.linear.weight.dtype)))
 
     @torch.no_grad()
     def reset_parameters(self, embedding_rms: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from amvl_fast.backbones import Adapter, adapter_for
@@ -85,6 +86,10 @@ class AMVLModel(PreTrainedModel):
         super().__init__(config)
         if backbone is None:
             backbone = AutoModelForImageTextToText.from_config(config.backbone_config)
+        else:
+            # post_init draws what does not say that it has its weights, such as adapters added to a loaded model.
+            for module in backbone.modules():
+                module._is_hf_initialized = True  # type: ignore[assignment]
         self.backbone = backbone
         self.latents = Latents(config, self.adapter.hidden_size)
         self.post_init()
@@ -138,11 +143,32 @@ class AMVLModel(PreTrainedModel):
         adapter.vision_tower.requires_grad_(not freeze_vision)
         return model
 
+    @classmethod
+    def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """As in transformers; the backbone's generation defaults (end tokens, penalties, ...) come back too."""
+        loaded = super().from_pretrained(name, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        where = {
+            key: kwargs[key] for key in ("cache_dir", "local_files_only", "revision", "subfolder") if key in kwargs
+        }
+        with contextlib.suppress(OSError):  # a checkpoint may come without that file
+            model.backbone.generation_config = GenerationConfig.from_pretrained(name, **where)
+        return loaded
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, with the backbone's generation defaults beside the weights."""
+        saved = super().save_pretrained(save_directory, *args, **kwargs)
+        self.backbone.generation_config.save_pretrained(save_directory)
+        return saved
+
     def get_input_embeddings(self) -> Any:
         return self.backbone.get_input_embeddings()
 
     def get_output_embeddings(self) -> Any:
         return self.backbone.get_output_embeddings()
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        return self.backbone.resize_token_embeddings(*args, **kwargs)
 
     def forward(
         self,
@@ -223,10 +249,7 @@ class AMVLModel(PreTrainedModel):
         *,
         latent_temperature: float | None = None,
         seed: int | Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        mm_token_type_ids: Tensor | None = None,
-        **generate_kwargs: Any,
+        **kwargs: Any,
     ) -> Any:
         """Answer prompts from the prior: latents first, then transformers' own ``generate``.
 
@@ -235,23 +258,24 @@ class AMVLModel(PreTrainedModel):
             latent_temperature: multiplies the prior's standard deviation; 0 is its mean. None takes the
                 configuration's.
             seed: of the latents' noise; None draws one.
-            generate_kwargs: whatever ``transformers`` accepts (`max_new_tokens`, `do_sample`, ...).
+            kwargs: what the processor gives for images, and whatever ``transformers`` accepts (`max_new_tokens`,
+                `do_sample`, ...). All sequences of one prompt (`num_return_sequences`, beams) share its latents, and
+                processors that look at earlier tokens, such as `repetition_penalty`, see the new ones alone.
 
         Returns:
             What the backbone's own ``generate`` would return: prompt and new tokens, ``(batch, length + new)`` int64,
             or transformers' output object with such `sequences`.
         """
-        vision = {
-            "pixel_values": pixel_values,
-            "image_grid_thw": image_grid_thw,
-            "mm_token_type_ids": mm_token_type_ids,
-        }
+        images = [name for name in kwargs if name.startswith(("pixel_values", "image_", "video_", "mm_"))]
+        vision = {name: kwargs.pop(name) for name in images}
+        if "max_length" in kwargs:  # counts the prompt, of which the backbone sees embeddings and latents
+            kwargs.setdefault("max_new_tokens", kwargs.pop("max_length") - input_ids.shape[1])
         samples = self._read(input_ids, attention_mask, None, vision)
         prior = self._prior(samples)
         temperature = self.config.latent_temperature if latent_temperature is None else latent_temperature
         z = sample_gaussian(*prior, temperature=temperature, seed=seed)
         lead = torch.cat([self.latents.projection(z), self.latents.end.expand(len(z), -1, -1)], dim=1)
-        out = self._continue(samples, lead.to(samples.embeds.dtype), generate_kwargs)
+        out = self._continue(samples, lead.to(samples.embeds.dtype), kwargs)
         # Embeddings went in, so only new tokens came out; callers cut the prompt off what a backbone returns.
         if isinstance(out, Tensor):
             return torch.cat([input_ids.repeat_interleave(len(out) // len(input_ids), dim=0), out], dim=1)

@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 
 from amvl_fast import AMVLConfig, AMVLModel
-from amvl_fast.cli import main
-from amvl_fast.data import ChatCollator
+from amvl_fast.cli import main, parser
+from amvl_fast.data import ChatCollator, ChatDataset
 from amvl_fast.doctor import report
+from amvl_fast.errors import AMVLError
 from amvl_fast.evaluation import answer
 from amvl_fast.ops import backend_status
 from amvl_fast.tiny import build_tiny_base
@@ -37,11 +38,34 @@ def test_help_names_every_verb(capsys):
     assert all(verb in printed for verb in ("train", "evaluate", "generate", "doctor"))
 
 
-def test_a_missing_extra_is_named(monkeypatch, capsys):
+def test_a_missing_extra_is_named(tmp_path, monkeypatch):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}\n')
     monkeypatch.setitem(sys.modules, "datasets", None)  # what Python does for a module that is not there
-    monkeypatch.delitem(sys.modules, "amvl_fast.data.table", raising=False)
-    assert main(["train", "missing.yaml"]) == 2
-    assert "missing.yaml" in capsys.readouterr().err
+    with pytest.raises(AMVLError, match=r"pip install amvl-fast\[train\]"):
+        ChatDataset(rows)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "run", "--rows"],
+        ["evaluate", "run", "--batch-size"],
+        ["generate", "run", "--image", "x.png", "--question", "what?", "--max-new-tokens"],
+    ],
+)
+@pytest.mark.parametrize("value", ["0", "-3", "2.5", "two"])
+def test_counts_must_be_positive(arguments, value, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*arguments[:-1], f"{arguments[-1]}={value}"])
+    assert end.value.code == 2
+    assert f"argument {arguments[-1]}: {value!r} is not a whole number of at least 1" in capsys.readouterr().err
+    name = arguments[-1].removeprefix("--").replace("-", "_")
+    assert getattr(parser().parse_args([*arguments, "3"]), name) == 3
+
+
+def test_the_batch_size_is_left_to_the_evaluation():
+    assert parser().parse_args(["evaluate", "run"]).batch_size is None
 
 
 def test_generate_prints_the_answer_of_the_run(run, tmp_path, capsys):
@@ -67,10 +91,11 @@ def test_generate_prints_the_answer_of_the_run(run, tmp_path, capsys):
 
 def test_generate_tells_of_a_missing_image_and_a_missing_run(run, tmp_path, capsys):
     (tmp_path / "text.png").write_text("no picture")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
     for image, where, words in (
         (tmp_path / "gone.png", run, "gone.png"),
         (tmp_path / "text.png", run, "text.png"),
-        (tmp_path / "text.png", tmp_path, "text.png"),
+        (tmp_path / "red.png", tmp_path, "holds no trained model"),
     ):
         assert main(["generate", str(where), "--image", str(image), "--question", "what?"]) == 2
         error = capsys.readouterr().err.strip().splitlines()[-1]

@@ -82,7 +82,7 @@ def make_run(root, name, *, latents=True, where="", history=True, test="test.jso
     state = {"global_step": 6, "log_history": log(latents) if history else []}
     (target / "trainer_state.json").write_text(json.dumps(state))
     data = {"test": str(root / test) if test else None, "image_root": None, "max_new_tokens": 3}
-    (run / "amvl_run.json").write_text(json.dumps({"data": data}))
+    (run / "amvl_run.json").write_text(json.dumps({"data": data, "training": {"per_device_eval_batch_size": 4}}))
     return run
 
 

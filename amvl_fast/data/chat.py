@@ -10,11 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from amvl_fast.data.rows import check_row, text_of
+from amvl_fast.data.rows import check_row, check_special, text_of
 from amvl_fast.data.table import read_table
 from amvl_fast.errors import AMVLError
 
@@ -83,12 +84,13 @@ class ChatDataset(Dataset):
         """The answer text of every row, without decoding images."""
         return [text_of(messages[-1]) for messages in self.column("messages")]
 
-    def validate(self, *, decode_images: bool = True) -> None:
+    def validate(self, *, decode_images: bool = True, special_tokens: Sequence[str] = ()) -> None:
         """Check every row, and every distinct image file once, before any training step.
 
         Args:
             decode_images: decode each image in full. False reads headers only, which is quicker on large
                 photographs but does not notice a truncated file.
+            special_tokens: no text may hold one of these; give the tokenizer's ``all_special_tokens``.
 
         Raises:
             AMVLError: the first bad row, else the first bad image: what is wrong, in which row of which file,
@@ -97,7 +99,9 @@ class ChatDataset(Dataset):
         images: dict[str, int] = {}
         rows = tqdm(self._raw_rows(), "Checking rows", len(self), leave=False, delay=2, unit="row")
         for row, item in rows:
-            check_row(item, f"row {row} (counted from 0) of {self.path}")
+            where = f"row {row} (counted from 0) of {self.path}"
+            check_row(item, where)
+            check_special(item, where, special_tokens)
             for name in item.get("images", ()):
                 images.setdefault(name, row)
         # Pillow decodes without holding the interpreter lock, so threads help once images are large.
@@ -129,7 +133,8 @@ class ChatDataset(Dataset):
 
     def _peek(self, name: str, row: int) -> None:
         try:
-            Image.open(self.image_root / name).close()
+            with Image.open(self.image_root / name) as image:
+                _require_depth(image)
         except UNREADABLE as error:
             raise self._bad_image(name, row, error) from error
 
@@ -156,8 +161,17 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
 
 def _read_image(path: Path) -> Image.Image:
     with Image.open(path) as image:
+        _require_depth(image)
         ImageOps.exif_transpose(image, in_place=True)  # phones store photographs lying on their side
+        if image.mode.startswith("I;16"):  # converting would clip all but the darkest 256 values to white
+            levels = np.asarray(image).astype(np.uint32)
+            return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
         return image.convert("RGB")
+
+
+def _require_depth(image: Image.Image) -> None:
+    if image.mode in ("I", "F"):  # no saying which values are black and white
+        raise ValueError(f"its pixel mode is {image.mode!r}; save it with 8 or 16 bits a channel")
 
 
 def _without_nulls(value: Any) -> Any:

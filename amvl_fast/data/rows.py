@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from amvl_fast.errors import AMVLError
@@ -62,6 +63,21 @@ def check_row(row: dict[str, Any], where: str) -> None:
         )
 
 
+def check_special(row: dict[str, Any], where: str, tokens: Iterable[str]) -> None:
+    """Check that no text of a row that `check_row` passed holds one of the tokenizer's special tokens.
+
+    Raises:
+        AMVLError: one does.
+    """
+    for text in map(text_of, row["messages"]):
+        for token in tokens:
+            if token in text:
+                raise AMVLError(
+                    f"A message in {where} holds the special token {token!r}, which the tokenizer would read as a "
+                    "control token: remove it from the text."
+                )
+
+
 def _check_message(message: Any, where: str) -> None:
     role = message.get("role") if isinstance(message, dict) else None
     if role not in ROLES:
@@ -81,7 +97,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _holds_answer(prompt: list[dict[str, Any]], answer: str) -> bool:
-    """Whether an earlier turn already gave it to the same question, or the question ends in "answer: ...".
+    """Whether an earlier turn already gave it to the same question, or a message ends in "answer: ...".
 
     Naming the answer is not enough: "is it red or blue?" is a fair question about something blue, and a chat may hold
     two questions whose answer is "yes".
@@ -96,4 +112,4 @@ def _holds_answer(prompt: list[dict[str, Any]], answer: str) -> bool:
             if asked is None or asked.strip().casefold() == question.strip().casefold():
                 return True
     given = rf"\banswer(?:\s+is\b\s*:?|\s*:)\s*\W?{re.escape(answer)}\W*$"
-    return re.search(given, question, re.IGNORECASE) is not None
+    return any(re.search(given, text_of(message), re.IGNORECASE) for message in prompt)

@@ -34,7 +34,7 @@ def evaluate_run(
     rows: int | None = None,
     latent_temperature: float | None = None,
     seed: int = 0,
-    batch_size: int = 100,
+    batch_size: int | None = None,
 ) -> Path:
     """Evaluate a run on its test rows and write its report.
 
@@ -46,7 +46,7 @@ def evaluate_run(
         rows: evaluate this many test rows only, drawn with `seed`.
         latent_temperature: for the answers; None takes the model's.
         seed: of the latents' noise, of the rows drawn and of the examples shown.
-        batch_size: rows answered at a time.
+        batch_size: rows answered at a time; None takes the run's per_device_eval_batch_size.
 
     Returns:
         The path of report.md.
@@ -56,7 +56,9 @@ def evaluate_run(
             matplotlib is missing; in that last case the evaluation has been written all the same.
     """
     run_dir = Path(run_dir)
-    data = read_run_file(run_dir)["data"]
+    settings = read_run_file(run_dir)
+    data = settings["data"]
+    batch_size = settings["training"].get("per_device_eval_batch_size", 8) if batch_size is None else batch_size
     if data["test"] is None:
         raise AMVLError(f"The run {run_dir} has no test rows; set data.test in its configuration.")
     for name, value in (("rows", rows), ("batch_size", batch_size)):
@@ -72,7 +74,6 @@ def evaluate_run(
         require_same_rows(other, selection)
     test.validate()
     model, processor, source = load_run(run_dir)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     collator = ChatCollator(processor)
     metrics, predictions = evaluate(
         model,

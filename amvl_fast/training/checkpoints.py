@@ -15,6 +15,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from amvl_fast.errors import AMVLError
 
 ASIDE = ".unfinished"
+# Moved last and in this order: what makes a directory look like a model, and a run look complete.
+LAST = ("config.json", "trainer_state.json")
+# What PyTorch says when a file cannot be written; other RuntimeErrors are not about the disk.
+TORCH_WRITER = ("PytorchStreamWriter", "inline_container")
 
 
 @contextlib.contextmanager
@@ -29,12 +33,14 @@ def written_aside(run_dir: Path) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
-        for entry in aside.iterdir():
+        for entry in sorted(aside.iterdir(), key=lambda entry: LAST.index(entry.name) if entry.name in LAST else -1):
             target = run_dir / entry.name
             if target.is_dir():
                 shutil.rmtree(target)
             os.replace(entry, target)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap what the disk says
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in TORCH_WRITER):
+            raise
         last = newest(run_dir)
         kept = f"the checkpoint before it, {last}, is whole" if last else "there was none before it"
         raise AMVLError(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
+import types
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -56,20 +59,27 @@ class RunConfig:
 
 
 LATENT_KEYS = sorted({f.name for f in fields(AMVLConfig)} & set(AMVLConfig.__annotations__) - {"backbone_config"})
-# What each section may hold, and what it must.
 REQUIRED = {"model": ["backbone"], "data": ["train"], "training": ["output_dir", "max_steps"]}
+AT_LEAST_ONE = {
+    "data": ["eval_rows", "max_new_tokens"],
+    "training": ["max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"],
+}
+SCALARS: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str}
+# YAML 1.1 reads `no`, which these take, as false.
+STRATEGIES = ("save_strategy", "eval_strategy", "logging_strategy")
 
 
-def training_keys() -> list[str]:
+def section_types() -> dict[str, dict[str, Any]]:
+    """The annotation of every key that each section may hold."""
     from transformers import TrainingArguments
 
-    return [f.name for f in fields(TrainingArguments) if f.init]
-
-
-def section_keys() -> dict[str, list[str]]:
-    ours = {"model": ModelSection, "data": DataSection, "objective": Objective}
-    keys = {name: [f.name for f in fields(section)] for name, section in ours.items()}
-    return {**keys, "latents": LATENT_KEYS, "training": training_keys()}
+    return {
+        "model": get_type_hints(ModelSection),
+        "data": get_type_hints(DataSection),
+        "objective": get_type_hints(Objective),
+        "latents": {key: SCALARS[AMVLConfig.__annotations__[key]] for key in LATENT_KEYS},
+        "training": {f.name: f.type for f in fields(TrainingArguments) if f.init},
+    }
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -77,16 +87,16 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises:
         AMVLError: the file is missing or not YAML, a key is unknown (naming the nearest right one), a required key
-            is missing, or a value is of the wrong type.
+            is missing, or a value is of the wrong type or out of its range.
     """
     path = Path(path)
     if not path.is_file():
         raise AMVLError(f"There is no configuration file {path}; give the path of a YAML file.")
     try:
-        raw = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text, dates that are none
         raise AMVLError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
-    known = section_keys()
+    known = section_types()
     if not isinstance(raw, dict):
         raise AMVLError(f"{path} must hold the sections {', '.join(known)}, but holds {type(raw).__name__}.")
     for name, section in raw.items():
@@ -101,13 +111,13 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             require_known(key, known[name], f"key {name}.{key} in {path}")
     for name, keys in REQUIRED.items():
         for key in keys:
-            if key not in raw.get(name, {}):
+            if raw.get(name, {}).get(key) is None:
                 raise AMVLError(f"{path} lacks {name}.{key}; add it under {name}:.")
-    sections = {name: {key: as_number(value) for key, value in raw.get(name, {}).items()} for name in known}
+    sections = {name: build(name, raw.get(name, {}), known[name]) for name in known}
     return RunConfig(
-        model=build(ModelSection, "model", sections["model"]),
-        data=build(DataSection, "data", sections["data"]),
-        objective=build(Objective, "objective", sections["objective"]),
+        model=ModelSection(**sections["model"]),
+        data=DataSection(**sections["data"]),
+        objective=Objective(**sections["objective"]),
         latents=sections["latents"],
         training=sections["training"],
     )
@@ -121,7 +131,7 @@ def require_known(key: str, known: Iterable[str], what: str) -> None:
     raise AMVLError(f"Unknown {what}; {hint}")
 
 
-def parse_override(text: str, known: dict[str, list[str]]) -> tuple[str, str, Any]:
+def parse_override(text: str, known: dict[str, dict[str, Any]]) -> tuple[str, str, Any]:
     """``section.key=value``; the section may be left out where the key stands in one section only."""
     name, separator, value = text.partition("=")
     if not separator:
@@ -135,26 +145,48 @@ def parse_override(text: str, known: dict[str, list[str]]) -> tuple[str, str, An
         section, key = homes[0], name
     require_known(section, known, f"section {section!r} in the override {text!r}")
     require_known(key, known[section], f"key {name} in the override {text!r}")
-    return section, key, yaml.safe_load(value)
+    try:
+        return section, key, yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError):
+        raise AMVLError(f"The value of the override {text!r} is not valid YAML; correct it, or quote it.") from None
 
 
-def as_number(value: Any) -> Any:
-    return float(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
+def build(section: str, values: dict[str, Any], hints: dict[str, Any]) -> dict[str, Any]:
+    """The values of a section, each of its annotation's type and in its range."""
+    built = {}
+    for key, value in values.items():
+        name = f"{section}.{key}"
+        if key in STRATEGIES and value is False:
+            value = "no"
+        built[key] = value = convert(name, value, hints[key])
+        if key in AT_LEAST_ONE.get(section, ()) and value < 1:
+            raise AMVLError(f"{name} is {value}; it must be at least 1.")
+        # An infinite training.max_grad_norm has a meaning, so of the trainer's numbers only one is looked at.
+        if (section != "training" or key == "learning_rate") and is_number(value) and not abs(value) < math.inf:
+            raise AMVLError(f"{name} is {value}; it must be a finite number.")
+        if name == "training.learning_rate" and value < 0:
+            raise AMVLError(f"{name} is {value}; it must be at least 0.")
+    return built
 
 
-def build(cls: type, name: str, values: dict[str, Any]) -> Any:
-    """A section's dataclass, its scalar values checked against their annotations."""
-    kinds: dict[str, Any] = {
-        "str": str,
-        "int": int,
-        "float": (int, float),
-        "bool": bool,
-        "str | None": (str, type(None)),
-    }
-    for field in fields(cls):
-        if field.name not in values:
-            continue
-        value, expected = values[field.name], kinds[str(field.type)]
-        if not isinstance(value, expected) or (isinstance(value, bool) and field.type != "bool"):
-            raise AMVLError(f"{name}.{field.name} is {value!r}, but must be of type {field.type}.")
-    return cls(**values)
+def convert(name: str, value: Any, hint: Any) -> Any:
+    """A value of YAML as the number, truth value or text that its annotation names.
+
+    Anything goes where the annotation also names other kinds, such as a dictionary: the trainer looks at those.
+    """
+    named = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    kinds = [kind for kind in named if not (isinstance(kind, type) and issubclass(kind, Enum))]  # YAML has none
+    if not kinds or not all(kind in (*SCALARS.values(), types.NoneType) for kind in kinds):
+        return value
+    if isinstance(value, str) and str not in kinds and NUMBER.fullmatch(value):
+        value = float(value)
+    if isinstance(value, float) and value.is_integer() and int in kinds and float not in kinds:
+        value = int(value)
+    if type(value) not in kinds and not (float in kinds and is_number(value)):
+        names = " or ".join("null" if kind is types.NoneType else kind.__name__ for kind in kinds)
+        raise AMVLError(f"{name} is {value!r}, but must be of type {names}.")
+    return value
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -60,16 +61,19 @@ def train(config: RunConfig) -> int | None:
         return None
     arguments = training_arguments(config)
     torch.manual_seed(arguments.seed)  # the new heads are drawn before the Trainer seeds
+    processor = load_processor(config)
+    control_tokens = processor.tokenizer.all_special_tokens
     train_rows = ChatDataset(config.data.train, image_root=config.data.image_root)
-    train_rows.validate()
+    train_rows.validate(special_tokens=control_tokens)
     test_rows = None
     if config.data.test:
         test = ChatDataset(config.data.test, image_root=config.data.image_root)
-        test.validate()
+        test.validate(special_tokens=control_tokens)
         test_rows = test.subset(config.data.eval_rows, seed=arguments.seed)
     elif arguments.eval_strategy != "no":
         raise AMVLError("training.eval_strategy asks for evaluations, but data.test names no file; add data.test.")
-    model, processor = load(config, train_rows[0])
+    model = load_model(config, processor, train_rows[0])
+    write_run_file(config)
     checkpoint = newest(run_dir)
     stop = StopOnSignal()
     trainer = AMVLTrainer(
@@ -84,7 +88,6 @@ def train(config: RunConfig) -> int | None:
         callbacks=[stop],
     )
     describe(config, model, len(train_rows), checkpoint)
-    write_run_file(config)
     with stop:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
@@ -96,52 +99,79 @@ def train(config: RunConfig) -> int | None:
 
 
 def training_arguments(config: RunConfig) -> TrainingArguments:
-    if config.training.get("load_best_model_at_end"):
-        raise AMVLError("training.load_best_model_at_end is not supported; evaluate the checkpoints and choose one.")
+    """transformers' arguments with our defaults; one process and one device, the only way that is supported yet."""
+    for key in ("load_best_model_at_end", "metric_for_best_model"):
+        if config.training.get(key):
+            raise AMVLError(f"training.{key} is not supported; evaluate the checkpoints and choose one.")
     try:
-        return TrainingArguments(**{**DEFAULTS, **config.training})
+        arguments = TrainingArguments(**{**DEFAULTS, **config.training})
     except (TypeError, ValueError, ImportError) as error:
-        raise AMVLError(f"The section training: is not usable: {' '.join(str(error).split())}") from error
+        raise AMVLError(f"The section training: is not usable: {one_line(error)}") from error
+    if arguments.world_size > 1:
+        raise AMVLError("Training on several processes is not supported yet; start one, without torchrun.")
+    # Trainer would split a batch over all visible GPUs by rows, which tears pixel_values from their images.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
 
 
-def load(config: RunConfig, row: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
-    """The model that the objective asks for and its processor; the backbone's architecture is checked first.
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
 
-    `row` is any of the rows to be trained on: it shows which token the prompts end with.
-    """
+
+def load_processor(config: RunConfig) -> Any:
+    """The backbone's processor; its architecture is checked first."""
     name = config.model.backbone
     try:
         kind = AutoConfig.from_pretrained(name).model_type
     except (OSError, ValueError) as error:
         raise AMVLError(
             f"model.backbone: {name!r} is neither a directory with a model nor a hub name that can be reached "
-            f"({' '.join(str(error).split())[:200]})."
+            f"({one_line(error)})."
         ) from None
     if kind not in ADAPTERS:
         raise AMVLError(
             f"model.backbone: the architecture {kind!r} of {name!r} is not supported; use one of: "
             f"{', '.join(sorted(ADAPTERS))}."
         )
-    options: dict[str, Any] = {"dtype": config.model.dtype}
-    if config.model.attn_implementation:
-        options["attn_implementation"] = config.model.attn_implementation
-    backbone = AutoModelForImageTextToText.from_pretrained(name, **options)
-    processor = AutoProcessor.from_pretrained(name)
-    freeze = config.model.freeze_vision
+    try:
+        return AutoProcessor.from_pretrained(name)
+    except (OSError, ValueError, ImportError, TypeError) as error:
+        raise AMVLError(f"model.backbone: {name!r} has no processor that can be loaded ({one_line(error)}).") from error
+
+
+def load_model(config: RunConfig, processor: Any, row: dict[str, Any]) -> PreTrainedModel:
+    """The model that the objective asks for.
+
+    `row` is any of the rows to be trained on: it shows which token the prompts end with.
+    """
+    section = config.model
+    options: dict[str, Any] = {"dtype": section.dtype}
+    if section.attn_implementation:
+        options["attn_implementation"] = section.attn_implementation
+    try:
+        backbone = AutoModelForImageTextToText.from_pretrained(section.backbone, **options)
+    except (OSError, ValueError, ImportError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise AMVLError(
+            f"The model {section.backbone!r} cannot be loaded with {options} ({one_line(error)}); "
+            "check its files and the section model:."
+        ) from error
     if config.objective.terms.latents:
         prompt = ChatCollator(processor)([row], with_answer=False)["input_ids"]
-        model = AMVLModel.from_backbone(
-            backbone, AMVLConfig(**config.latents), freeze_vision=freeze, end_token_id=int(prompt[0, -1])
+        return AMVLModel.from_backbone(
+            backbone,
+            AMVLConfig(**config.latents),
+            freeze_vision=section.freeze_vision,
+            end_token_id=int(prompt[0, -1]),
         )
-        return model, processor
-    adapter_for(backbone).vision_tower.requires_grad_(not freeze)
-    return backbone, processor
+    adapter_for(backbone).vision_tower.requires_grad_(not section.freeze_vision)
+    return backbone
 
 
 def load_run(run_dir: str | Path) -> tuple[PreTrainedModel, Any, Path]:
     """A run's trained model, its processor, and the directory they came from.
 
-    That is the run directory once training is complete, its newest checkpoint before.
+    That is the run directory once training is complete, its newest checkpoint before. The model is put on the GPU if
+    there is one.
 
     Raises:
         AMVLError: there is neither.
@@ -150,14 +180,19 @@ def load_run(run_dir: str | Path) -> tuple[PreTrainedModel, Any, Path]:
     source = run_dir if (run_dir / "config.json").is_file() else newest(run_dir)
     if source is None:
         raise AMVLError(f"{run_dir} holds no trained model; give the training.output_dir of a run.")
-    return AutoModelForImageTextToText.from_pretrained(source).eval(), AutoProcessor.from_pretrained(source), source
+    model: Any = AutoModelForImageTextToText.from_pretrained(source).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model, AutoProcessor.from_pretrained(source), source
 
 
 def write_run_file(config: RunConfig) -> None:
-    config.output_dir.mkdir(parents=True, exist_ok=True)
     aside = config.output_dir / (RUN_FILE + ".unfinished")
-    aside.write_text(json.dumps(asdict(config), indent=2) + "\n")
-    aside.replace(config.output_dir / RUN_FILE)
+    try:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        aside.write_text(json.dumps(asdict(config), indent=2) + "\n")
+        aside.replace(config.output_dir / RUN_FILE)
+    except OSError as error:
+        raise AMVLError(f"training.output_dir: {config.output_dir} cannot be written to ({error}).") from error
 
 
 def read_run_file(run_dir: str | Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
@@ -65,8 +66,8 @@ class AMVLTrainer(Trainer):
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
                 raise AMVLError(
-                    f"The loss is {logs['loss']} at step {self.state.global_step}; lower training.learning_rate or "
-                    "look at the data, then run the same command again: it goes on from the last checkpoint."
+                    f"The loss is {logs['loss']} at step {self.state.global_step}; look at the data, or start again "
+                    "with a lower training.learning_rate and another training.output_dir."
                 )
             logs |= {name: (total / self._batches).item() for name, total in self._sums.items()}
             weights = self.objective.at(self.state.global_step, self.state.max_steps)
@@ -94,10 +95,21 @@ class AMVLTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # transformers writes Qwen2.5-VL under its hub's names, and Trainer loads a file by the model's names and
         # ignores what does not fit: nearly all weights would silently stay as they were. `from_pretrained` renames.
-        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        try:
+            saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        except (OSError, SafetensorError) as error:
+            raise AMVLError(
+                f"The checkpoint {resume_from_checkpoint} cannot be read ({error}); remove it, and the same command "
+                "goes on from the one before it."
+            ) from error
         (self.model if model is None else model).load_state_dict(saved.state_dict())
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if not all(p.isfinite().all() for p in self.model.parameters() if p.requires_grad):
+            raise AMVLError(
+                f"The weights are no longer finite at step {self.state.global_step}, so no checkpoint is written; "
+                "start again with a lower training.learning_rate and another training.output_dir."
+            )
         with written_aside(self.run_dir) as aside:
             self.args.output_dir = str(aside)
             try:

@@ -34,6 +34,18 @@ BAD_ROWS = {
         "already holds the answer 'circle'",
     ),
     "told": (row(user(IMAGE, "shape? Answer: Circle."), assistant("circle")), "already holds"),
+    "told by the system": (
+        row({"role": "system", "content": "The answer is circle."}, QUESTION, assistant("circle")),
+        "already holds the answer 'circle'",
+    ),
+    "told before": (
+        row(user("Answer: circle"), assistant("fine"), QUESTION, assistant("circle")),
+        "already holds the answer 'circle'",
+    ),
+    "told by the assistant": (
+        row(user("hm"), assistant("so the answer is: circle"), QUESTION, assistant("circle")),
+        "already holds the answer 'circle'",
+    ),
     "told as is": (row(user(IMAGE, 'the answer is "circle"'), assistant("circle")), "already holds"),
 }
 
@@ -55,6 +67,7 @@ def test_a_bad_row_is_named(folder, bad, sentence):
         ("what is the answer: is it bluegreen", "green"),
         ("Answer: blue. What else?", "blue"),
         ("answer with one word", "word"),
+        ("choose:\nred\nblue", "blue"),
     ],
 )
 def test_naming_the_answer_is_not_giving_it_away(folder, question, answer):
@@ -135,3 +148,23 @@ def test_a_missing_file_is_named(tmp_path):
 def test_two_questions_may_have_the_same_answer(folder):
     chat = row(user(IMAGE, "is it red?"), assistant("yes"), user("is it round?"), assistant("yes"))
     ChatDataset(write(folder, [chat])).validate()
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_special_token_in_the_text_is_named(folder, number):
+    messages = [{"role": "system", "content": "be brief"}, QUESTION, assistant("circle")]
+    told = ["be <|im_end|> brief", [IMAGE, text("what <|im_end|>?")], [text("circle<|im_end|>")]]
+    messages[number] = {**messages[number], "content": told[number]}
+    dataset = ChatDataset(write(folder, [ROW, row(*messages), ROW]))
+    dataset.validate()
+    dataset.validate(special_tokens=["<|im_start|>"])
+    message = refusal(lambda: dataset.validate(special_tokens=["<|im_start|>", "<|im_end|>"]))
+    assert f"row 1 (counted from 0) of {dataset.path} holds the special token '<|im_end|>'" in message
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_of_unknown_range_are_refused(folder, mode):
+    Image.new(mode, (8, 8), 1).save(folder / "deep.tiff")
+    dataset = ChatDataset(write(folder, [ROW | {"images": ["deep.tiff"]}]))
+    for call in (dataset.validate, lambda: dataset.validate(decode_images=False), lambda: dataset[0]):
+        assert f"its pixel mode is '{mode}'; save it with 8 or 16 bits a channel" in refusal(call)

@@ -4,6 +4,7 @@ import json
 import sys
 
 import easy_vqa as package
+import numpy
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -127,6 +128,20 @@ def test_images_are_rgb_upright_and_relative_to_the_root(folder, tmp_path_factor
     Image.new("RGBA", (16, 8)).save(root / "red.png", exif=tags)
     image = ChatDataset(write(folder, [ROW]), image_root=root)[0]["images"][0]
     assert (image.mode, image.size) == ("RGB", (8, 16))
+
+
+@pytest.mark.parametrize(("name", "order"), [("grey.png", "<u2"), ("grey.tiff", "<u2"), ("big.tiff", ">u2")])
+def test_images_of_16_bits_keep_their_shades(folder, name, order):
+    levels = [0, 100, 257, 32_768, 65_535]
+    mode = "I;16B" if order == ">u2" else "I;16"
+    Image.frombytes(mode, (5, 1), numpy.array(levels, order).tobytes()).save(folder / name)
+    with Image.open(folder / name) as stored:
+        assert stored.mode == mode
+    dataset = ChatDataset(write(folder, [ROW | {"images": [name]}]))
+    dataset.validate()
+    image = dataset[0]["images"][0]
+    assert (image.mode, image.size) == ("RGB", (5, 1))
+    assert numpy.asarray(image)[0].tolist() == [[round(level / 257)] * 3 for level in levels]
 
 
 def test_subsets_keep_the_row_numbers_of_the_file(folder):

@@ -30,6 +30,24 @@ def test_a_reloaded_model_is_the_model(model, saved, batch, collate, rows):
     assert torch.equal(*answers)
 
 
+def test_generation_defaults_come_back(model, tmp_path, collate, rows):
+    model.backbone.generation_config.update(repetition_penalty=3.0, max_new_tokens=7, eos_token_id=[1, 2, 5])
+    model.save_pretrained(tmp_path)
+    again = AMVLModel.from_pretrained(tmp_path)
+    assert again.backbone.generation_config.to_diff_dict() == model.backbone.generation_config.to_diff_dict()
+    prompt = collate(rows, with_answer=False)
+    assert torch.equal(*(m.generate(**prompt, seed=2) for m in (model, again)))
+
+
+def test_modules_added_to_a_loaded_backbone_keep_their_weights(base):
+    backbone = AutoModelForImageTextToText.from_pretrained(base)
+    backbone.model.extra = torch.nn.Linear(4, 4)
+    torch.nn.init.zeros_(backbone.model.extra.weight)  # as adapters do
+    before = {name: p.clone() for name, p in backbone.named_parameters()}
+    AMVLModel.from_backbone(backbone, AMVLConfig(num_latents=2, latent_dim=4))
+    assert all(torch.equal(before[name], p) for name, p in backbone.named_parameters())
+
+
 def test_tied_embeddings_stay_tied_and_weights_are_safetensors_only(saved):
     again = AMVLModel.from_pretrained(saved)
     assert again.get_output_embeddings().weight is again.get_input_embeddings().weight

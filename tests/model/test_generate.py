@@ -70,6 +70,20 @@ def test_return_dict_carries_the_prompt_in_its_sequences(model, collate, rows):
     assert torch.equal(out.sequences[:, : batch["input_ids"].shape[1]], batch["input_ids"])
 
 
+def test_max_length_counts_prompt_and_new_tokens(model, collate, rows):
+    batch = collate(rows, with_answer=False)
+    length = batch["input_ids"].shape[1] + 5
+    tokens = model.generate(**batch, seed=1, max_length=length, min_new_tokens=5, eos_token_id=None)
+    assert tokens.shape == (len(rows), length)
+
+
+def test_several_sequences_a_prompt(model, collate, rows):
+    batch = collate(rows, with_answer=False)
+    tokens = model.generate(**batch, seed=1, max_new_tokens=3, num_beams=4, num_return_sequences=2)
+    assert len(tokens) == 2 * len(rows)
+    assert torch.equal(tokens[::2, : batch["input_ids"].shape[1]], batch["input_ids"])
+
+
 def test_a_negative_temperature_is_refused(model, collate, rows):
     with pytest.raises(AMVLError, match="temperature"):
         model.generate(**collate(rows, with_answer=False), latent_temperature=-1.0)

@@ -193,6 +193,17 @@ def test_text_after_the_answer_changes_nothing(model, batch):
     close(model(**longer, **vision, seed=1).loss, right.loss)
 
 
+def test_a_bfloat16_model_measures_its_kls_in_float32(model, base, batch):
+    """Both sides see the same bfloat16 hidden states; what is left is the error of the heads and the KL alone."""
+    half = AMVLModel.from_backbone(str(base), model.config, dtype=torch.bfloat16).eval()
+    half.load_state_dict(model.state_dict())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = half(**batch, seed=1)
+    assert {getattr(out, name).dtype for name in (*PARAMETERS, "z", "forward_kl", "loss")} == {torch.float32}
+    assert out.posterior_logvar.unique().numel() > out.posterior_logvar.bfloat16().unique().numel()
+    assert torch.isfinite(out.loss) and abs(out.loss - model(**batch, seed=1).loss) < 0.2
+
+
 def test_the_same_seed_gives_the_same_loss_and_torchs_generator_rules_without_one(model, batch):
     assert torch.equal(model(**batch, seed=5).loss, model(**batch, seed=5).loss)
     assert not torch.equal(model(**batch, seed=5).z, model(**batch, seed=6).z)
@@ -241,6 +252,13 @@ def test_other_bad_calls_are_refused(model, batch):
                 "pixel_values": batch["pixel_values"].clone().index_fill_(0, torch.tensor([3]), torch.nan),
             }
         )
+    without = {name: value for name, value in batch.items() if name not in ("pixel_values", "image_grid_thw")}
+    with pytest.raises(AMVLError, match="pixel_values are missing"):
+        model(**without)
+    with pytest.raises(AMVLError, match="pixel_values and image_grid_thw go together"):
+        model(**without, pixel_values=batch["pixel_values"])
+    with pytest.raises(AMVLError, match=r"does not take the inputs \['pixel_values_videos'\]"):
+        model.generate(batch["input_ids"], pixel_values_videos=torch.zeros(1))
     with pytest.raises(AMVLError, match="execution='two_pass' is not known"):
         model(**batch, execution="two_pass")
     with pytest.raises(AMVLError, match="needs labels"):

@@ -42,6 +42,33 @@ def test_latent_keys_are_those_of_the_configuration():
         (["objective.beta=-1"], "objective.beta is -1"),
         (["objective.beta=high"], "objective.beta is 'high', but must be of type float"),
         (["data.eval_rows=0.5"], "data.eval_rows is 0.5, but must be of type int"),
+        (["objective.beta=["], r"override 'objective.beta=\[' is not valid YAML"),
+        (["objective.beta=2024-13-45"], "is not valid YAML"),
+        (["objective.beta=.inf"], "objective.beta is inf; it must be a finite number"),
+        (["objective.gamma=.nan"], "objective.gamma is nan; it must be a finite number"),
+        (["latents.num_latents=two"], "latents.num_latents is 'two', but must be of type int"),
+        (["latents.num_latents=2.5"], "latents.num_latents is 2.5, but must be of type int"),
+        (["latents.num_latents=true"], "latents.num_latents is True, but must be of type int"),
+        (["latents.logvar_init=null"], "latents.logvar_init is None, but must be of type float"),
+        (["latents.logvar_min=-.inf"], "latents.logvar_min is -inf; it must be a finite number"),
+        (["latents.end_of_latents=1"], "latents.end_of_latents is 1, but must be of type bool"),
+        (["latents.kl_reduction=3"], "latents.kl_reduction is 3, but must be of type str"),
+        (["training.max_steps=abc"], "training.max_steps is 'abc', but must be of type int"),
+        (["training.max_steps=1.5"], "training.max_steps is 1.5, but must be of type int"),
+        (["training.max_steps=0"], "training.max_steps is 0; it must be at least 1"),
+        (["training.seed=x"], "training.seed is 'x', but must be of type int"),
+        (["training.data_seed=x"], "training.data_seed is 'x', but must be of type int or null"),
+        (["training.bf16=1"], "training.bf16 is 1, but must be of type bool"),
+        (["training.lr_scheduler_type=3"], "training.lr_scheduler_type is 3, but must be of type str"),
+        (["training.save_strategy=true"], "training.save_strategy is True, but must be of type str"),
+        (["training.learning_rate=abc"], "training.learning_rate is 'abc', but must be of type float"),
+        (["training.learning_rate=-1e-3"], "training.learning_rate is -0.001; it must be at least 0"),
+        (["training.learning_rate=.inf"], "training.learning_rate is inf; it must be a finite number"),
+        (["training.output_dir=null"], "lacks training.output_dir"),
+        (["per_device_train_batch_size=0"], "training.per_device_train_batch_size is 0; it must be at least 1"),
+        (["per_device_eval_batch_size=0"], "training.per_device_eval_batch_size is 0; it must be at least 1"),
+        (["data.eval_rows=0"], "data.eval_rows is 0; it must be at least 1"),
+        (["data.max_new_tokens=0"], "data.max_new_tokens is 0; it must be at least 1"),
     ],
 )
 def test_bad_overrides_are_told(settings, write, overrides, words):
@@ -66,7 +93,33 @@ def test_bad_files_are_told(settings, write, tmp_path):
             read_config(path)
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs").rglob("*.yaml")), ids=str)
+def test_a_binary_file_is_told(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(b"\x89PNG\xff\xfe")
+    with pytest.raises(AMVLError, match="not valid YAML"):
+        read_config(path)
+
+
+def test_values_become_what_their_key_takes(settings, write):
+    overrides = ["max_steps=1e1", "num_latents=4.0", "data_seed=3", "learning_rate=1", "save_strategy=no"]
+    overrides += ["run_name=1e3", "max_grad_norm=.inf", "eval_strategy=no", "logging_strategy=no", "eval_steps=null"]
+    config = read_config(write(settings), [*overrides, "lr_scheduler_kwargs={min_lr: 0.1}"])
+    training = config.training
+    assert (training["max_steps"], config.latents["num_latents"], training["data_seed"]) == (10, 4, 3)
+    assert type(training["max_steps"]) is type(config.latents["num_latents"]) is int
+    assert training["save_strategy"] == training["eval_strategy"] == training["logging_strategy"] == "no"
+    assert (training["run_name"], training["learning_rate"], training["eval_steps"]) == ("1e3", 1, None)
+    assert training["max_grad_norm"] == float("inf") and training["lr_scheduler_kwargs"] == {"min_lr": 0.1}
+
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+
+
+def test_there_are_shipped_configurations():
+    assert len(CONFIGS) >= 4
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_configurations_are_read(path):
     config = read_config(path)
     assert config.output_dir.parts[0] == "runs"

@@ -10,7 +10,8 @@ from collections import namedtuple
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, TrainingArguments
 from transformers.trainer_callback import TrainerState
 
 from amvl_fast import AMVLModel
@@ -58,7 +59,9 @@ def test_logs_hold_every_term_and_tensorboard_has_them(settings, write, tmp_path
     steps = [entry for entry in history if "loss" in entry]
     assert [entry["step"] for entry in steps] == [2, 4, 6]
     assert {"ntp_loss", "forward_kl", "reverse_kl", "beta", "gamma", "grad_norm", "learning_rate"} <= steps[0].keys()
-    assert list(run.glob("runs/*/events.out.tfevents.*"))
+    events = EventAccumulator(str(next(run.glob("runs/*"))))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/forward_kl")] == [2, 4, 6]
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(settings, write, tmp_path, monkeypatch, capsys):
@@ -159,8 +162,31 @@ def test_old_checkpoints_are_removed_and_new_ones_are_whole(settings, write, tmp
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(settings, write, monkeypatch):
-    settings["training"] |= {"learning_rate": 1e30, "max_grad_norm": 0.0}
+    settings["training"] |= {"learning_rate": 1e30, "max_grad_norm": 0.0, "save_steps": 100}
     with pytest.raises(AMVLError, match="The loss is (nan|inf) at step"):
+        train(read_config(write(settings)))
+
+
+def test_weights_that_are_not_finite_are_not_saved(settings, write, tmp_path):
+    settings["training"] |= {"learning_rate": 1e30, "max_grad_norm": 0.0, "save_steps": 1, "logging_steps": 6}
+    with pytest.raises(AMVLError, match="no longer finite at step"):
+        train(read_config(write(settings)))
+    saved = newest(tmp_path / "run")
+    assert saved is None or all(torch.isfinite(tensor).all() for tensor in weights(saved).values())
+
+
+def test_a_torn_checkpoint_is_told(settings, write, tmp_path):
+    run = run_in(settings, write, tmp_path / "a")
+    (run / "trainer_state.json").unlink()  # as if the run had not ended
+    torn = newest(run) / "model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:100])
+    with pytest.raises(AMVLError, match="checkpoint-6 cannot be read.*remove it"):
+        train(read_config(write(settings)))
+
+
+def test_several_processes_are_refused(settings, write, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
+    with pytest.raises(AMVLError, match="several processes is not supported yet"):
         train(read_config(write(settings)))
 
 
@@ -172,6 +198,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(settings, write, monkeypatch):
         ("latents", "num_latents", 0, "num_latents is 0"),
         ("training", "lr_scheduler_type", "zigzag", "The section training: is not usable"),
         ("training", "eval_strategy", "steps", "data.test names no file"),
+        ("training", "load_best_model_at_end", True, "load_best_model_at_end is not supported"),
+        ("training", "output_dir", "/proc/nowhere", "/proc/nowhere cannot be written to"),
+        ("model", "dtype", "bf16", "cannot be loaded with"),
+        ("model", "attn_implementation", "nope", "cannot be loaded with"),
     ],
 )
 def test_mistakes_are_told_in_one_line_before_any_step(settings, write, capsys, section, key, value, words):
