@@ -12,13 +12,11 @@ demo: $(STAMP)
 	$(BIN)/python -m amvl_fast.demo prepare runs/easy_vqa
 	$(BIN)/amvl-fast train configs/easy_vqa/base.yaml
 	$(BIN)/amvl-fast train configs/easy_vqa/plain.yaml
-	$(BIN)/amvl-fast train configs/easy_vqa/ntp.yaml
 	$(BIN)/amvl-fast train configs/easy_vqa/amvl.yaml
 	$(BIN)/amvl-fast evaluate runs/easy_vqa/plain
-	$(BIN)/amvl-fast evaluate runs/easy_vqa/ntp --baseline runs/easy_vqa/plain
 	$(BIN)/amvl-fast evaluate runs/easy_vqa/amvl --baseline runs/easy_vqa/plain
 
-# What one seed cannot tell: the demo's comparison over three. Needs the demo's base; takes about half an hour.
+# What one seed cannot tell: the demo's comparison over three. Needs the demo's base; takes about an hour.
 SEEDS := 0 1 2
 demo-seeds: $(STAMP)
 	for seed in $(SEEDS); do for name in plain ntp amvl; do \
