@@ -39,21 +39,22 @@ def seed_table(directory: str | Path) -> str:
     heads = ["", "seeds", "accuracy, %", "leakage", "forward KL", "active units, prior", "swap cost"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name, metrics in runs.items():
-        columns = [spread([100 * m["accuracy"] for m in metrics], "{:.1f}")]
+        columns = [spread([100 * m["accuracy"] for m in metrics], 1)]
         if "leakage" in metrics[0]:
-            columns.append(spread([m["leakage"] for m in metrics], "{:.3f}"))
-            columns.append(spread([sum(m["forward_kl_per_slot"]) for m in metrics], "{:.3g}"))
-            columns.append(spread([sum(m["active_units_prior"]) for m in metrics], "{:.0f}"))
-            columns.append(spread([m["swap_cost"] for m in metrics], "{:.3f}"))
+            columns.append(spread([m["leakage"] for m in metrics], 3))
+            columns.append(spread([sum(m["forward_kl_per_slot"]) for m in metrics], 3))
+            columns.append(spread([sum(m["active_units_prior"]) for m in metrics], 0))
+            columns.append(spread([m["swap_cost"] for m in metrics], 3))
         columns += [""] * (5 - len(columns))
         lines.append(f"| {name} | {len(metrics)} | {' | '.join(columns)} |")
     return "\n".join(lines)
 
 
-def spread(values: list[float], form: str) -> str:
-    """The mean, and the smallest and largest value."""
-    texts = [form.format(value) for value in (statistics.mean(values), min(values), max(values))]
-    return f"{texts[0]} ({texts[1]} to {texts[2]})"
+def spread(values: list[float], digits: int) -> str:
+    """The mean, and the smallest and largest value; no minus zero."""
+    summary = (statistics.mean(values), min(values), max(values))
+    mean, low, high = (f"{round(value, digits) + 0.0:,.{digits}f}" for value in summary)
+    return f"{mean} ({low} to {high})"
 
 
 if __name__ == "__main__":

@@ -28,6 +28,11 @@ def test_the_table_gives_mean_and_range_over_seeds(tmp_path):
         (tmp_path / name / "evaluation.json").write_text(json.dumps({"metrics": {"accuracy": accuracy, **more}}))
     lines = seed_table(tmp_path).splitlines()
     cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
-    leakage, kl, units, swap = "0.500 (0.500 to 0.500)", "3 (3 to 3)", "7 (7 to 7)", "0.250 (0.250 to 0.250)"
+    leakage, kl, units, swap = (
+        "0.500 (0.500 to 0.500)",
+        "3.000 (3.000 to 3.000)",
+        "7 (7 to 7)",
+        "0.250 (0.250 to 0.250)",
+    )
     assert cells == ["amvl", "1", "80.0 (80.0 to 80.0)", leakage, kl, units, swap]
     assert lines[3].startswith("| plain | 2 | 80.0 (70.0 to 90.0) |")
