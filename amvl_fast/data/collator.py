@@ -72,10 +72,10 @@ class ChatCollator:
             options["add_special_tokens"] = False
         try:
             inputs = self.processor(text=prompts, padding=True, padding_side="left", return_tensors="pt", **options)
-        except ValueError as error:
+        except (ValueError, StopIteration) as error:  # the latter where older processors count images
             numbers = ", ".join(str(row.get("row", index)) for index, row in enumerate(rows))
             raise AMVLError(
-                f"The processor refused a row among {numbers} ({str(error).rstrip('.')}): check their "
+                f"The processor refused a row among {numbers} ({str(error).rstrip('.') or type(error).__name__}): check their "
                 "images, and that no text holds a special token such as the image token."
             ) from error
         inputs = dict(inputs)
