@@ -74,9 +74,10 @@ class ChatCollator:
             inputs = self.processor(text=prompts, padding=True, padding_side="left", return_tensors="pt", **options)
         except (ValueError, StopIteration) as error:  # the latter where older processors count images
             numbers = ", ".join(str(row.get("row", index)) for index, row in enumerate(rows))
+            reason = str(error).rstrip(".") or type(error).__name__
             raise AMVLError(
-                f"The processor refused a row among {numbers} ({str(error).rstrip('.') or type(error).__name__}): check their "
-                "images, and that no text holds a special token such as the image token."
+                f"The processor refused a row among {numbers} ({reason}): check their images, and that no text holds a "
+                "special token such as the image token."
             ) from error
         inputs = dict(inputs)
         # Here, on the CPU, looking is cheap; on a GPU it would stall every step.
