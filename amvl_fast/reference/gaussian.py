@@ -92,14 +92,19 @@ def gaussian_dual_kl(
     inputs = (posterior_mean, posterior_logvar, prior_mean, prior_logvar)
     compute = torch.float64 if any(t.dtype == torch.float64 for t in inputs) else torch.float32
     mean_q, logvar_q, mean_p, logvar_p = (t.to(compute) for t in torch.broadcast_tensors(*inputs))
+    # A NaN or inf in one of the four makes NaN of all four, here and in every kernel: left alone, an infinity
+    # would come out as inf in one place and vanish as exp(-inf) in another.
+    poison = 0 * (mean_q - mean_p + (logvar_p - logvar_q)).detach()
+    mean_q, logvar_q, mean_p, logvar_p = mean_q + poison, logvar_q + poison, mean_p + poison, logvar_p + poison
 
     z = mean_q + torch.exp(logvar_q / 2) * noise.to(compute)
 
     def stopped(t: Tensor) -> Tensor:
         return t.detach() if stop_gradient else t
 
-    diff = stopped(mean_q) - mean_p
-    forward_kl = 0.5 * (phi(stopped(logvar_q) - logvar_p) + diff.square() * torch.exp(-logvar_p)).sum(-1)
-    diff = mean_q - stopped(mean_p)
-    reverse_kl = 0.5 * (phi(stopped(logvar_p) - logvar_q) + diff.square() * torch.exp(-logvar_q)).sum(-1)
+    # The halved exponent first: exp(-logvar_p) may overflow where the squared gap does not.
+    gap = (stopped(mean_q) - mean_p) * torch.exp(-logvar_p / 2)
+    forward_kl = 0.5 * (phi(stopped(logvar_q) - logvar_p) + gap.square()).sum(-1)
+    gap = (mean_q - stopped(mean_p)) * torch.exp(-logvar_q / 2)
+    reverse_kl = 0.5 * (phi(stopped(logvar_p) - logvar_q) + gap.square()).sum(-1)
     return DualKL(z.to(posterior_mean.dtype), forward_kl, reverse_kl)
