@@ -1,30 +1,42 @@
 """Kernels and launchers of `gaussian_dual_kl`: one launch forward, one backward.
 
-The formulas, with q the posterior, p the prior, `delta = logvar_p - logvar_q`, `diff = mean_q - mean_p` and
-`phi(t) = exp(t) - 1 - t`:
+With q the posterior, p the prior, `delta = logvar_p - logvar_q`, `diff = mean_q - mean_p`,
+`phi(t) = exp(t) - 1 - t`, and the gap in units of either deviation, `u_p = diff * exp(-logvar_p / 2)`:
 
     z                       = mean_q + exp(logvar_q / 2) * eps
-    KL(q || p)              = 1/2 * sum_d [ phi(-delta) + diff^2 * exp(-logvar_p) ]
-    KL(p || q)              = 1/2 * sum_d [ phi( delta) + diff^2 * exp(-logvar_q) ]
+    KL(q || p)              = sum_d [ phi(-delta) / 2 + u_p^2 / 2 ]
+    KL(p || q)              = sum_d [ phi( delta) / 2 + u_q^2 / 2 ]
 
-    d KL(q||p) / d mean_p   = -diff * exp(-logvar_p)
-    d KL(q||p) / d logvar_p = -1/2 * ( expm1(-delta) + diff^2 * exp(-logvar_p) )
-    d KL(p||q) / d mean_q   =  diff * exp(-logvar_q)
-    d KL(p||q) / d logvar_q = -1/2 * ( expm1( delta) + diff^2 * exp(-logvar_q) )
+    d KL(q||p) / d mean_p   = -u_p * exp(-logvar_p / 2)
+    d KL(q||p) / d logvar_p = -( expm1(-delta) / 2 + u_p^2 / 2 )
+    d KL(p||q) / d mean_q   =  u_q * exp(-logvar_q / 2)
+    d KL(p||q) / d logvar_q = -( expm1( delta) / 2 + u_q^2 / 2 )
 
-and, where the gradients are not stopped, also d KL(q||p)/d mean_q = diff * exp(-logvar_p),
-d KL(q||p)/d logvar_q = 1/2 * expm1(-delta), and their mirror images for KL(p || q).
+and, where the gradients are not stopped, also d KL(q||p)/d mean_q = u_p * exp(-logvar_p / 2),
+d KL(q||p)/d logvar_q = expm1(-delta) / 2, and their mirror images for KL(p || q).
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .exponential import exp, expm1_and_phi_both_ways
-from .layout import as_rows, block_for, load, on_device_of, row_offset
+from .blocks import add, append, append_gradient, block_rows, load, load_row, part, row_offset, store
+from .exponential import exp_half_both_ways, exp_minus_half, half_expm1_and_phi, limit, subtract
+from .layout import on_device_of, plan
 from .philox import philox_normal
 
 STREAM = tl.constexpr(0)
+
+
+@triton.jit
+def gap_and_poison(mq, lq, mp, lp):
+    """`mean_q - mean_p`, and a number that is NaN if one of the four is NaN or infinite, else 0.
+
+    The gap has it added. Left alone, an infinite log-variance would vanish in exp(-inf).
+    """
+    diff = mq - mp
+    poison = 0.0 * (diff + (lp - lq))
+    return diff + poison, poison
 
 
 @triton.jit(do_not_specialize=["rows", "inner"])
@@ -43,49 +55,47 @@ def gaussian_dual_kl_forward_kernel(
     logvar_p_strides,
     rows,
     inner,
-    columns: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    # int64 before any multiplication: rows * columns may pass 2**31.
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    mean_q_offset = row_offset(row, inner, mean_q_strides)
-    logvar_q_offset = row_offset(row, inner, logvar_q_strides)
-    mean_p_offset = row_offset(row, inner, mean_p_strides)
-    logvar_p_offset = row_offset(row, inner, logvar_p_strides)
-    seed = tl.load(seed)
-    forward_sum = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
-    reverse_sum = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
-    for start in range(0, columns, BLOCK_COLUMNS):
+    row = block_rows(BLOCK_ROWS, WIDTH)
+    mean_q_offset = row_offset(row, inner, mean_q_strides, ALIGN, WIDTH)
+    logvar_q_offset = row_offset(row, inner, logvar_q_strides, ALIGN, WIDTH)
+    mean_p_offset = row_offset(row, inner, mean_p_strides, ALIGN, WIDTH)
+    logvar_p_offset = row_offset(row, inner, logvar_p_strides, ALIGN, WIDTH)
+    # Summed over columns only at the end: inside the loop that would make the warps wait for each other.
+    forward_sum = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS // PARTS], tl.float32)
+    reverse_sum = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS // PARTS], tl.float32)
+    for start in range(0, COLUMNS, BLOCK_COLUMNS):
         column = start + tl.arange(0, BLOCK_COLUMNS)
         # Masked elements are loaded as 0, which makes every term of both sums exactly 0.
-        mask = (row < rows)[:, None] & (column < columns)[None, :]
-        mq = load(mean_q, mean_q_offset, column, mean_q_strides, mask)
-        lq = load(logvar_q, logvar_q_offset, column, logvar_q_strides, mask)
-        mp = load(mean_p, mean_p_offset, column, mean_p_strides, mask)
-        lp = load(logvar_p, logvar_p_offset, column, logvar_p_strides, mask)
+        mask = (row < rows)[:, None] & (column < COLUMNS)[None, :]
+        mean_q_block = load(mean_q, mean_q_offset, column, mean_q_strides, mask, WIDTH)
+        logvar_q_block = load(logvar_q, logvar_q_offset, column, logvar_q_strides, mask, WIDTH)
+        mean_p_block = load(mean_p, mean_p_offset, column, mean_p_strides, mask, WIDTH)
+        logvar_p_block = load(logvar_p, logvar_p_offset, column, logvar_p_strides, mask, WIDTH)
+        z_block = None
+        for i in tl.static_range(PARTS):
+            noise = philox_normal(tl.load(seed), STREAM, row, start + 4 * i, BLOCK_ROWS, BLOCK_COLUMNS // PARTS, PARTS)
+            mq, lq = part(mean_q_block, i, PARTS), part(logvar_q_block, i, PARTS)
+            mp, lp = part(mean_p_block, i, PARTS), part(logvar_p_block, i, PARTS)
+            diff, poison = gap_and_poison(mq, lq, mp, lp)
+            deviation, inverse_q = exp_half_both_ways(lq)
+            z_block = append(z_block, (mq + poison) + deviation * noise, z.dtype.element_ty)
 
-        noise = philox_normal(seed, STREAM, row, start, BLOCK_ROWS, BLOCK_COLUMNS)
-        sample = mq + exp(0.5 * lq) * noise
-        tl.store(z + row[:, None] * columns + column[None, :], sample.to(z.dtype.element_ty), mask=mask)
-
-        diff = mq - mp
-        _, phi_delta, _, phi_minus_delta = expm1_and_phi_both_ways(lp - lq)
-        # Each factor of diff apart: its square may overflow where the product does not.
-        forward_sum += phi_minus_delta + diff * (diff * exp(-lp))
-        reverse_sum += phi_delta + diff * (diff * exp(-lq))
-    tl.store(forward_kl + row, 0.5 * tl.sum(forward_sum, axis=1), mask=row < rows)
-    tl.store(reverse_kl + row, 0.5 * tl.sum(reverse_sum, axis=1), mask=row < rows)
-
-
-@triton.jit
-def load_row(pointer, row, inner, strides, rows):
-    """One number per row, `[rows, 1]` in float32; no tensor (None) stands for zeros."""
-    if pointer is None:
-        value = tl.zeros([row.shape[0]], tl.float32)
-    else:
-        value = tl.load(pointer + row_offset(row, inner, strides), mask=row < rows, other=0.0).to(tl.float32)
-    return value[:, None]
+            u_q = diff * limit(inverse_q)
+            u_p = diff * exp_minus_half(lp)
+            delta, remainder = subtract(lp, lq)
+            _, half_phi, _, half_phi_minus = half_expm1_and_phi(delta, remainder)
+            forward_sum += half_phi_minus + 0.5 * u_p * u_p
+            reverse_sum += half_phi + 0.5 * u_q * u_q
+        store(z, row, column, z_block, mask, COLUMNS, WIDTH)
+    tl.store(forward_kl + row, tl.sum(forward_sum, axis=1), mask=row < rows)
+    tl.store(reverse_kl + row, tl.sum(reverse_sum, axis=1), mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["rows", "inner"])
@@ -111,59 +121,77 @@ def gaussian_dual_kl_backward_kernel(
     grad_reverse_kl_strides,
     rows,
     inner,
-    columns: tl.constexpr,
     STOP_GRADIENT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    # A gradient that is None, upstream or because nobody asked for it, is left out at compile time.
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    mean_q_offset = row_offset(row, inner, mean_q_strides)
-    logvar_q_offset = row_offset(row, inner, logvar_q_strides)
-    mean_p_offset = row_offset(row, inner, mean_p_strides)
-    logvar_p_offset = row_offset(row, inner, logvar_p_strides)
-    grad_z_offset = row_offset(row, inner, grad_z_strides)
-    seed = tl.load(seed)
-    forward_weight = load_row(grad_forward_kl, row, inner, grad_forward_kl_strides, rows)
-    reverse_weight = load_row(grad_reverse_kl, row, inner, grad_reverse_kl_strides, rows)
-    for start in range(0, columns, BLOCK_COLUMNS):
+    # A gradient that is None, upstream or because nobody asked for it, is left out at compile time, and with
+    # it whatever only it needs, loads included.
+    row = block_rows(BLOCK_ROWS, WIDTH)
+    mean_q_offset = row_offset(row, inner, mean_q_strides, ALIGN, WIDTH)
+    logvar_q_offset = row_offset(row, inner, logvar_q_strides, ALIGN, WIDTH)
+    mean_p_offset = row_offset(row, inner, mean_p_strides, ALIGN, WIDTH)
+    logvar_p_offset = row_offset(row, inner, logvar_p_strides, ALIGN, WIDTH)
+    grad_z_offset = row_offset(row, inner, grad_z_strides, ALIGN, WIDTH)
+    forward_weight = load_row(grad_forward_kl, row, inner, grad_forward_kl_strides, rows, WIDTH)
+    reverse_weight = load_row(grad_reverse_kl, row, inner, grad_reverse_kl_strides, rows, WIDTH)
+    for start in range(0, COLUMNS, BLOCK_COLUMNS):
         column = start + tl.arange(0, BLOCK_COLUMNS)
-        mask = (row < rows)[:, None] & (column < columns)[None, :]
-        out = row[:, None] * columns + column[None, :]
-        mq = load(mean_q, mean_q_offset, column, mean_q_strides, mask)
-        lq = load(logvar_q, logvar_q_offset, column, logvar_q_strides, mask)
-        mp = load(mean_p, mean_p_offset, column, mean_p_strides, mask)
-        lp = load(logvar_p, logvar_p_offset, column, logvar_p_strides, mask)
-        diff = mq - mp
-        expm1_delta, _, expm1_minus_delta, _ = expm1_and_phi_both_ways(lp - lq)
-
-        # The gradients that survive the stop: the forward KL moves p, the reverse KL moves q ...
-        forward_slope = forward_weight * (diff * exp(-lp))
-        reverse_slope = reverse_weight * (diff * exp(-lq))
-        to_mean_p = -forward_slope
-        to_logvar_p = -0.5 * (forward_weight * expm1_minus_delta + diff * forward_slope)
-        to_mean_q = reverse_slope
-        to_logvar_q = -0.5 * (reverse_weight * expm1_delta + diff * reverse_slope)
-        if not STOP_GRADIENT:  # ... and without it each also moves the other one.
-            to_mean_p -= reverse_slope
-            to_logvar_p += 0.5 * (reverse_weight * expm1_delta)
-            to_mean_q += forward_slope
-            to_logvar_q += 0.5 * (forward_weight * expm1_minus_delta)
+        mask = (row < rows)[:, None] & (column < COLUMNS)[None, :]
+        mean_q_block = load(mean_q, mean_q_offset, column, mean_q_strides, mask, WIDTH)
+        logvar_q_block = load(logvar_q, logvar_q_offset, column, logvar_q_strides, mask, WIDTH)
+        mean_p_block = load(mean_p, mean_p_offset, column, mean_p_strides, mask, WIDTH)
+        logvar_p_block = load(logvar_p, logvar_p_offset, column, logvar_p_strides, mask, WIDTH)
         if grad_z is not None:
-            upstream = load(grad_z, grad_z_offset, column, grad_z_strides, mask)
-            to_mean_q += upstream
-            if grad_logvar_q is not None:
-                noise = philox_normal(seed, STREAM, row, start, BLOCK_ROWS, BLOCK_COLUMNS)
-                to_logvar_q += 0.5 * upstream * (exp(0.5 * lq) * noise)
+            grad_z_block = load(grad_z, grad_z_offset, column, grad_z_strides, mask, WIDTH)
+        mean_q_grad, logvar_q_grad, mean_p_grad, logvar_p_grad = None, None, None, None
+        for i in tl.static_range(PARTS):
+            mq, lq = part(mean_q_block, i, PARTS), part(logvar_q_block, i, PARTS)
+            mp, lp = part(mean_p_block, i, PARTS), part(logvar_p_block, i, PARTS)
+            diff, _ = gap_and_poison(mq, lq, mp, lp)
+            deviation, inverse_q = exp_half_both_ways(lq)
 
-        if grad_mean_q is not None:
-            tl.store(grad_mean_q + out, to_mean_q.to(grad_mean_q.dtype.element_ty), mask=mask)
-        if grad_logvar_q is not None:
-            tl.store(grad_logvar_q + out, to_logvar_q.to(grad_logvar_q.dtype.element_ty), mask=mask)
-        if grad_mean_p is not None:
-            tl.store(grad_mean_p + out, to_mean_p.to(grad_mean_p.dtype.element_ty), mask=mask)
-        if grad_logvar_p is not None:
-            tl.store(grad_logvar_p + out, to_logvar_p.to(grad_logvar_p.dtype.element_ty), mask=mask)
+            to_mean_q, to_logvar_q, to_mean_p, to_logvar_p = None, None, None, None
+            if grad_z is not None:
+                to_mean_q = part(grad_z_block, i, PARTS)
+                if grad_logvar_q is not None:
+                    noise = philox_normal(
+                        tl.load(seed), STREAM, row, start + 4 * i, BLOCK_ROWS, BLOCK_COLUMNS // PARTS, PARTS
+                    )
+                    to_logvar_q = 0.5 * to_mean_q * (deviation * noise)
+            delta, remainder = subtract(lp, lq)
+            half_expm1, _, half_expm1_minus, _ = half_expm1_and_phi(delta, remainder)
+            if forward_weight is not None:
+                inverse_p = exp_minus_half(lp)
+                u_p = diff * inverse_p
+                slope = forward_weight * u_p * inverse_p
+                to_mean_p = -slope
+                to_logvar_p = -forward_weight * (half_expm1_minus + 0.5 * u_p * u_p)
+                if not STOP_GRADIENT:
+                    to_mean_q = add(to_mean_q, slope)
+                    to_logvar_q = add(to_logvar_q, forward_weight * half_expm1_minus)
+            if reverse_weight is not None:
+                inverse_q = limit(inverse_q)
+                u_q = diff * inverse_q
+                slope = reverse_weight * u_q * inverse_q
+                to_mean_q = add(to_mean_q, slope)
+                to_logvar_q = add(to_logvar_q, -reverse_weight * (half_expm1 + 0.5 * u_q * u_q))
+                if not STOP_GRADIENT:
+                    to_mean_p = add(to_mean_p, -slope)
+                    to_logvar_p = add(to_logvar_p, reverse_weight * half_expm1)
+            mean_q_grad = append_gradient(grad_mean_q, mean_q_grad, to_mean_q, mq.shape)
+            logvar_q_grad = append_gradient(grad_logvar_q, logvar_q_grad, to_logvar_q, mq.shape)
+            mean_p_grad = append_gradient(grad_mean_p, mean_p_grad, to_mean_p, mq.shape)
+            logvar_p_grad = append_gradient(grad_logvar_p, logvar_p_grad, to_logvar_p, mq.shape)
+
+        store(grad_mean_q, row, column, mean_q_grad, mask, COLUMNS, WIDTH)
+        store(grad_logvar_q, row, column, logvar_q_grad, mask, COLUMNS, WIDTH)
+        store(grad_mean_p, row, column, mean_p_grad, mask, COLUMNS, WIDTH)
+        store(grad_logvar_p, row, column, logvar_p_grad, mask, COLUMNS, WIDTH)
 
 
 def gaussian_dual_kl_forward(
@@ -181,23 +209,10 @@ def gaussian_dual_kl_forward(
         forward_kl.zero_()
         reverse_kl.zero_()
         return
-    columns = z.shape[-1]
-    folded = as_rows(z.shape, [mean_q, logvar_q, mean_p, logvar_p])
-    block = block_for(columns)
+    launch = plan([mean_q, logvar_q, mean_p, logvar_p], [z])
     with on_device_of(z):
-        gaussian_dual_kl_forward_kernel[(triton.cdiv(folded.rows, block.rows),)](
-            *folded.tensors,
-            seed,
-            z,
-            forward_kl,
-            reverse_kl,
-            *folded.strides,
-            folded.rows,
-            folded.inner,
-            columns,
-            block.rows,
-            block.columns,
-            num_warps=block.warps,
+        gaussian_dual_kl_forward_kernel[launch.grid](
+            *launch.tensors, seed, z, forward_kl, reverse_kl, *launch.geometry, **launch.options
         )
 
 
@@ -218,28 +233,12 @@ def gaussian_dual_kl_backward(
     stop_gradient: bool,
 ) -> None:
     """Write the gradients that are not None, contiguous. Upstream: None, or a tensor of any strides."""
-    shape = mean_q.shape
     if mean_q.numel() == 0:
         return
-    # Seen as [..., d] like the rest, the weights of the KLs fold into rows together with everything else.
-    weights = [None if w is None else w.unsqueeze(-1).expand(shape) for w in (grad_forward_kl, grad_reverse_kl)]
-    folded = as_rows(shape, [mean_q, logvar_q, mean_p, logvar_p, grad_z, *weights])
-    block = block_for(shape[-1])
+    grads = [grad_mean_q, grad_logvar_q, grad_mean_p, grad_logvar_p]
+    launch = plan([mean_q, logvar_q, mean_p, logvar_p, grad_z], grads, [grad_forward_kl, grad_reverse_kl])
+    inputs, upstream = launch.tensors[:4], launch.tensors[4:]
     with on_device_of(mean_q):
-        gaussian_dual_kl_backward_kernel[(triton.cdiv(folded.rows, block.rows),)](
-            *folded.tensors[:4],
-            seed,
-            *folded.tensors[4:],
-            grad_mean_q,
-            grad_logvar_q,
-            grad_mean_p,
-            grad_logvar_p,
-            *folded.strides,
-            folded.rows,
-            folded.inner,
-            shape[-1],
-            stop_gradient,
-            block.rows,
-            block.columns,
-            num_warps=block.warps,
+        gaussian_dual_kl_backward_kernel[launch.grid](
+            *inputs, seed, *upstream, *grads, *launch.geometry, stop_gradient, **launch.options
         )

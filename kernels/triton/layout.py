@@ -1,4 +1,4 @@
-"""How tensors of any strides become rows, and rows become blocks."""
+"""How tensors of any strides become rows, rows become blocks, and blocks become launches."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import contextlib
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
+
+# For tests: 1 or 2 makes every launch at least as wide as `width_of` describes.
+FORCED_WIDTH = 0
 
 
 class Rows(NamedTuple):
@@ -21,13 +23,13 @@ class Rows(NamedTuple):
         tensors: the inputs, as they were but for the rare one that had to be copied.
         strides: for each tensor its strides (outer, inner, column).
         rows: the number of rows.
-        inner: how many rows the inner dimension holds.
+        inner: how many rows the inner dimension holds; None if that is all of them.
     """
 
     tensors: list[Tensor | None]
     strides: list[tuple[int, int, int]]
     rows: int
-    inner: int
+    inner: int | None
 
 
 def as_rows(shape: Sequence[int], tensors: Sequence[Tensor | None]) -> Rows:
@@ -41,14 +43,13 @@ def as_rows(shape: Sequence[int], tensors: Sequence[Tensor | None]) -> Rows:
     if len(folded) > 2:
         tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
         folded = _fold(shape, tensors)
-    while len(folded) < 2:
-        folded.insert(0, (1, [0] * len(tensors)))
-    (_, outer_strides), (inner, inner_strides) = folded
-    strides = [
-        (outer, inner_stride, 0 if tensor is None else tensor.stride(-1))
-        for tensor, outer, inner_stride in zip(tensors, outer_strides, inner_strides, strict=True)
-    ]
-    return Rows(list(tensors), strides, math.prod(shape[:-1]), inner)
+    nothing = (1, [0] * len(tensors))
+    (_, outer_strides), (inner, inner_strides) = [nothing, nothing, *folded][-2:]
+    # PyTorch gives a dimension of size 1 any stride; as 1 it does not look like columns far apart.
+    column_strides = [1 if tensor is None or shape[-1] == 1 else tensor.stride(-1) for tensor in tensors]
+    strides = list(zip(outer_strides, inner_strides, column_strides, strict=True))
+    rows = math.prod(shape[:-1])
+    return Rows(list(tensors), strides, rows, inner if len(folded) == 2 else None)
 
 
 def _fold(shape: Sequence[int], tensors: Sequence[Tensor | None]) -> list[tuple[int, list[int]]]:
@@ -66,37 +67,99 @@ def _fold(shape: Sequence[int], tensors: Sequence[Tensor | None]) -> list[tuple[
 
 
 class Block(NamedTuple):
-    """The shape of one program's block and how many warps share it."""
+    """The shape of one program's block, the columns of one thread, and how many warps share the block."""
 
     rows: int
     columns: int
+    per_thread: int
     warps: int
 
 
-def block_for(columns: int) -> Block:
-    """The static rule for block sizes.
+def block_for(columns: int, itemsize: int) -> Block:
+    """The static rule for blocks, from the width of a row and the widest element among the tensors.
 
-    1,024 elements for 4 warps are 8 a thread: two Philox counters, and 16-byte loads in every dtype. Rows
-    wider than that are walked in steps; narrow ones share a block. The rule looks at the width alone, never
-    at the number of rows, so a row's sum is made in the same order wherever the row stands.
+    A thread takes 16 bytes of each tensor, the most that one instruction moves: 4 columns in float32, 8 in
+    the narrow types, whole Philox counters either way. More would cost registers, and with them the threads
+    that hide the latency of memory. A program has at least 4 warps and as many as its row can use, up to 8,
+    so that few wide rows still occupy the GPU; narrow rows share a warp.
+
+    A row that would pad a power of two badly, or is too wide for one step, is walked in steps: of those that
+    pad it least the widest, and no narrower than what a warp reads at once. What it carries from step to
+    step takes registers, so there a thread has 4 columns in every dtype, as where 8 would not be aligned.
+
+    The number of rows has no say, so a row's sum is made in the same order whatever it is launched with.
     """
-    width = min(max(triton.next_power_of_2(columns), 16), 1024)
-    return Block(rows=1024 // width, columns=width, warps=4)
+    padded = triton.next_power_of_2(columns)
+    per_thread = 8 if itemsize == 2 and columns % 8 == 0 else 4
+    walked = padded > 256 * per_thread or (padded > 32 * per_thread and 4 * columns < 3 * padded)
+    if walked:
+        per_thread = 4
+    warp = 32 * per_thread
+    warps = min(max(padded // warp, 4), 8)
+    step = max(padded, per_thread)
+    if walked:
+        steps = [warp << i for i in range(4) if warp << i <= padded]
+        step = min(steps, key=lambda step: (-columns % step, -step))
+    return Block(warps * warp // step, step, per_thread, warps)
+
+
+def width_of(rows: Rows, columns: int) -> int:
+    """Where indices need 64 bits: 0 nowhere, 1 in offsets into tensors, 2 in the number of a row, too.
+
+    The margin below 2**31 is for the rows and columns that a block has too many: they are masked, and must
+    not wrap around to pass for others.
+    """
+    limit = 2**31 - 2**16
+    if rows.rows >= limit:
+        return 2
+    inner = rows.inner or rows.rows
+    outer = rows.rows // inner
+    spans = [(outer - 1) * s[0] + (inner - 1) * s[1] + (columns - 1) * s[2] for s in rows.strides]
+    return max(FORCED_WIDTH, int(max([rows.rows * columns, *spans]) >= limit))
+
+
+class Launch(NamedTuple):
+    """What a launcher passes on to its kernel besides its own arguments."""
+
+    grid: tuple[int]
+    tensors: list[Tensor | None]
+    strides: list[tuple[int, int, int]]
+    rows: int
+    inner: int | None
+    options: dict[str, Any]
+
+    @property
+    def geometry(self) -> tuple[Any, ...]:
+        return (*self.strides, self.rows, self.inner)
+
+
+def plan(
+    inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None], weights: Sequence[Tensor | None] = ()
+) -> Launch:
+    """The launch for `[..., d]` inputs of any strides and contiguous outputs, all of one shape.
+
+    `weights` are `[...]`, of any strides: one number for each row. They follow the inputs in what is returned.
+    """
+    full = [tensor for tensor in (*inputs, *outputs) if tensor is not None]
+    shape = full[0].shape
+    # Seen as [..., d] like the rest, the weights fold into rows together with everything else.
+    rows = as_rows(shape, [*inputs, *(None if w is None else w.unsqueeze(-1).expand(shape) for w in weights)])
+    columns = shape[-1]
+    block = block_for(columns, max(tensor.element_size() for tensor in full))
+    # Triton sees for itself that a stride is a multiple of 16, but a width like 1000 keeps 16 bytes aligned, too.
+    align = math.gcd(16, columns, *(stride for strides in rows.strides[: len(inputs)] for stride in strides[:2]))
+    options = {
+        "COLUMNS": columns,
+        "ALIGN": align,
+        "WIDTH": width_of(rows, columns),
+        "BLOCK_ROWS": block.rows,
+        "BLOCK_COLUMNS": block.columns,
+        "PARTS": block.per_thread // 4,
+        "num_warps": block.warps,
+    }
+    return Launch((triton.cdiv(rows.rows, block.rows),), rows.tensors, rows.strides, rows.rows, rows.inner, options)
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, so make the tensor's device current."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-@triton.jit
-def row_offset(row, inner, strides):
-    """Where int64 rows begin in a tensor of the given (outer, inner, column) strides."""
-    return (row // inner) * strides[0] + (row % inner) * strides[1]
-
-
-@triton.jit
-def load(pointer, offset, column, strides, mask):
-    """A `[rows, columns]` block in float32. The cast comes first: nothing is computed in a narrower dtype."""
-    where = pointer + offset[:, None] + column.to(tl.int64)[None, :] * strides[2]
-    return tl.load(where, mask=mask, other=0.0).to(tl.float32)

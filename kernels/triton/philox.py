@@ -67,18 +67,39 @@ def box_muller(word0, word1):
 
 
 @triton.jit
-def philox_words(seed, stream, row, first_group, GROUPS: tl.constexpr):
-    """The four words of every counter in `[rows, GROUPS]`; `seed` and `row` are int64."""
-    group = (first_group + tl.arange(0, GROUPS)).to(tl.uint32)[None, :]
-    row = row[:, None]
-    stream = tl.to_tensor(stream).to(tl.uint32)
-    return tl.philox(seed, group, row.to(tl.uint32), (row >> 32).to(tl.uint32), stream)
+def philox_words(seed, stream, row, first_group, GROUPS: tl.constexpr, STEP: tl.constexpr = 1):
+    """The four words of every STEP-th counter, `[rows, GROUPS]`; `seed` is int64, `row` int32 or int64.
+
+    `tl.philox` gives the same words, but takes the halves of each product from two multiplications.
+    """
+    c0 = (first_group + STEP * tl.arange(0, GROUPS)).to(tl.uint32)[None, :]
+    c1 = row.to(tl.uint32)[:, None]
+    if row.dtype == tl.int64:
+        c2 = (row >> 32).to(tl.uint32)[:, None]
+    else:
+        c2 = tl.zeros_like(c1)
+    c3 = tl.to_tensor(stream).to(tl.uint32)
+    k0 = seed.to(tl.uint32)
+    k1 = (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        product0 = c0.to(tl.uint64) * 0xD2511F53
+        product1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1 = product1.to(tl.uint32)
+        c3 = product0.to(tl.uint32)
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
 
 
 @triton.jit
-def philox_normal(seed, stream, row, start, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The `[ROWS, COLUMNS]` block of normals at column `start`, a multiple of four like COLUMNS."""
-    w0, w1, w2, w3 = philox_words(seed, stream, row, start // 4, COLUMNS // 4)
+def philox_normal(seed, stream, row, start, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr = 1):
+    """The `[ROWS, COLUMNS]` block of normals of every STEP-th counter, from column `start`, a multiple of four.
+
+    `seed` is best loaded just before: outside a loop over columns, it becomes round keys that fill registers.
+    """
+    w0, w1, w2, w3 = philox_words(seed, stream, row, start // 4, COLUMNS // 4, STEP)
     n0, n1 = box_muller(w0, w1)
     n2, n3 = box_muller(w2, w3)
     # A join adds a last dimension of two, so this order puts the four normals of a counter side by side.

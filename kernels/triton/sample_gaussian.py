@@ -4,8 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .exponential import exp
-from .layout import as_rows, block_for, load, on_device_of, row_offset
+from .blocks import append, block_rows, load, part, row_offset, store
+from .exponential import exp_half_both_ways
+from .layout import on_device_of, plan
 from .philox import philox_normal
 
 
@@ -21,22 +22,30 @@ def sample_gaussian_forward_kernel(
     logvar_strides,
     rows,
     inner,
-    columns: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    mean_offset = row_offset(row, inner, mean_strides)
-    logvar_offset = row_offset(row, inner, logvar_strides)
-    seed = tl.load(seed)
+    row = block_rows(BLOCK_ROWS, WIDTH)
+    mean_offset = row_offset(row, inner, mean_strides, ALIGN, WIDTH)
+    logvar_offset = row_offset(row, inner, logvar_strides, ALIGN, WIDTH)
+    # Inductor passes a Python float as float64, which would drag everything after it along.
     temperature = tl.to_tensor(temperature).to(tl.float32)
-    for start in range(0, columns, BLOCK_COLUMNS):
+    for start in range(0, COLUMNS, BLOCK_COLUMNS):
         column = start + tl.arange(0, BLOCK_COLUMNS)
-        mask = (row < rows)[:, None] & (column < columns)[None, :]
-        deviation = temperature * exp(0.5 * load(logvar, logvar_offset, column, logvar_strides, mask))
-        noise = philox_normal(seed, stream, row, start, BLOCK_ROWS, BLOCK_COLUMNS)
-        value = load(mean, mean_offset, column, mean_strides, mask) + deviation * noise
-        tl.store(z + row[:, None] * columns + column[None, :], value.to(z.dtype.element_ty), mask=mask)
+        mask = (row < rows)[:, None] & (column < COLUMNS)[None, :]
+        mean_block = load(mean, mean_offset, column, mean_strides, mask, WIDTH)
+        logvar_block = load(logvar, logvar_offset, column, logvar_strides, mask, WIDTH)
+        z_block = None
+        for i in tl.static_range(PARTS):
+            deviation, _ = exp_half_both_ways(part(logvar_block, i, PARTS))
+            noise = philox_normal(tl.load(seed), stream, row, start + 4 * i, BLOCK_ROWS, BLOCK_COLUMNS // PARTS, PARTS)
+            value = part(mean_block, i, PARTS) + temperature * deviation * noise
+            z_block = append(z_block, value, z.dtype.element_ty)
+        store(z, row, column, z_block, mask, COLUMNS, WIDTH)
 
 
 @triton.jit(do_not_specialize=["temperature", "stream", "rows", "inner"])
@@ -51,58 +60,60 @@ def sample_gaussian_backward_kernel(
     logvar_strides,
     rows,
     inner,
-    columns: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    grad_z_offset = row_offset(row, inner, grad_z_strides)
-    logvar_offset = row_offset(row, inner, logvar_strides)
-    seed = tl.load(seed)
+    row = block_rows(BLOCK_ROWS, WIDTH)
+    grad_z_offset = row_offset(row, inner, grad_z_strides, ALIGN, WIDTH)
+    logvar_offset = row_offset(row, inner, logvar_strides, ALIGN, WIDTH)
     temperature = tl.to_tensor(temperature).to(tl.float32)
-    for start in range(0, columns, BLOCK_COLUMNS):
+    for start in range(0, COLUMNS, BLOCK_COLUMNS):
         column = start + tl.arange(0, BLOCK_COLUMNS)
-        mask = (row < rows)[:, None] & (column < columns)[None, :]
-        deviation = temperature * exp(0.5 * load(logvar, logvar_offset, column, logvar_strides, mask))
-        noise = philox_normal(seed, stream, row, start, BLOCK_ROWS, BLOCK_COLUMNS)
-        value = 0.5 * load(grad_z, grad_z_offset, column, grad_z_strides, mask) * deviation * noise
-        where = grad_logvar + row[:, None] * columns + column[None, :]
-        tl.store(where, value.to(grad_logvar.dtype.element_ty), mask=mask)
-
-
-def _launch(kernel, first: Tensor, logvar: Tensor, seed: Tensor, temperature: float, stream: int, out: Tensor) -> None:
-    if out.numel() == 0:
-        return
-    columns = out.shape[-1]
-    folded = as_rows(out.shape, [first, logvar])
-    block = block_for(columns)
-    with on_device_of(out):
-        kernel[(triton.cdiv(folded.rows, block.rows),)](
-            folded.tensors[0],
-            folded.tensors[1],
-            seed,
-            temperature,
-            stream,
-            out,
-            *folded.strides,
-            folded.rows,
-            folded.inner,
-            columns,
-            block.rows,
-            block.columns,
-            num_warps=block.warps,
-        )
+        mask = (row < rows)[:, None] & (column < COLUMNS)[None, :]
+        grad_z_block = load(grad_z, grad_z_offset, column, grad_z_strides, mask, WIDTH)
+        logvar_block = load(logvar, logvar_offset, column, logvar_strides, mask, WIDTH)
+        grad_block = None
+        for i in tl.static_range(PARTS):
+            deviation, _ = exp_half_both_ways(part(logvar_block, i, PARTS))
+            noise = philox_normal(tl.load(seed), stream, row, start + 4 * i, BLOCK_ROWS, BLOCK_COLUMNS // PARTS, PARTS)
+            value = 0.5 * part(grad_z_block, i, PARTS) * (temperature * deviation * noise)
+            grad_block = append(grad_block, value, grad_logvar.dtype.element_ty)
+        store(grad_logvar, row, column, grad_block, mask, COLUMNS, WIDTH)
 
 
 def sample_gaussian_forward(
     mean: Tensor, logvar: Tensor, seed: Tensor, temperature: float, stream: int, z: Tensor
 ) -> None:
     """Write `mean + temperature * exp(logvar / 2) * eps` into `z`, contiguous; the inputs of any strides."""
-    _launch(sample_gaussian_forward_kernel, mean, logvar, seed, temperature, stream, z)
+    if z.numel() == 0:
+        return
+    launch = plan([mean, logvar], [z])
+    with on_device_of(z):
+        sample_gaussian_forward_kernel[launch.grid](
+            *launch.tensors, seed, temperature, stream, z, *launch.strides, launch.rows, launch.inner, **launch.options
+        )
 
 
 def sample_gaussian_backward(
     grad_z: Tensor, logvar: Tensor, seed: Tensor, temperature: float, stream: int, grad_logvar: Tensor
 ) -> None:
     """Write `grad_z * temperature * exp(logvar / 2) * eps / 2` into `grad_logvar`, contiguous."""
-    _launch(sample_gaussian_backward_kernel, grad_z, logvar, seed, temperature, stream, grad_logvar)
+    if grad_logvar.numel() == 0:
+        return
+    launch = plan([grad_z, logvar], [grad_logvar])
+    with on_device_of(grad_logvar):
+        sample_gaussian_backward_kernel[launch.grid](
+            *launch.tensors,
+            seed,
+            temperature,
+            stream,
+            grad_logvar,
+            *launch.strides,
+            launch.rows,
+            launch.inner,
+            **launch.options,
+        )

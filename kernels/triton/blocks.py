@@ -1,0 +1,107 @@
+"""Device functions that move blocks between memory and registers: offsets, loads, stores, and parts of blocks.
+
+`WIDTH` says which indices need 64 bits; `layout.width_of` decides.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def block_rows(BLOCK_ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """The numbers of this program's rows."""
+    program = tl.program_id(0)
+    if WIDTH == 2:
+        program = program.to(tl.int64)
+    return program * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+
+
+@triton.jit
+def row_offset(row, inner, strides, ALIGN: tl.constexpr, WIDTH: tl.constexpr):
+    """Where rows begin in a tensor of the given (outer, inner, column) strides, a multiple of ALIGN."""
+    if inner is None:
+        offset = widen(row, WIDTH) * strides[1]
+    else:
+        # Rows are never negative, and an unsigned division is shorter.
+        outer = (row.to(tl.uint32) // inner.to(tl.uint32)).to(tl.int32) if WIDTH < 2 else row // inner
+        offset = widen(outer, WIDTH) * strides[0] + widen(row - outer * inner, WIDTH) * strides[1]
+    return tl.multiple_of(offset, ALIGN)
+
+
+@triton.jit
+def widen(index, WIDTH: tl.constexpr):
+    """The index in the type of offsets; before any multiplication, for products are what overflows."""
+    return index.to(tl.int64) if WIDTH > 0 else index
+
+
+@triton.jit
+def load(pointer, offset, column, strides, mask, WIDTH: tl.constexpr):
+    """A `[rows, columns]` block as it is in memory; `part` casts it."""
+    where = offset[:, None] + widen(column, WIDTH)[None, :] * strides[2]
+    return tl.load(pointer + where, mask=mask, other=0.0)
+
+
+@triton.jit
+def part(block, INDEX: tl.constexpr, PARTS: tl.constexpr):
+    """One part of a block in float32: of each thread's columns the first or the second four, if it has eight.
+
+    The cast comes first: nothing is computed in a narrower dtype.
+    """
+    if PARTS == 2:
+        ROWS: tl.constexpr = block.shape[0]
+        COLUMNS: tl.constexpr = block.shape[1]
+        pairs = tl.permute(tl.reshape(block, [ROWS, COLUMNS // 8, 2, 4]), (0, 1, 3, 2))
+        block = tl.reshape(tl.split(pairs)[INDEX], [ROWS, COLUMNS // 2])
+    return block.to(tl.float32)
+
+
+@triton.jit
+def append(block, value, dtype: tl.constexpr):
+    """A block with its next part, cast to what it will be stored as; None is a block without parts."""
+    value = value.to(dtype)
+    if block is not None:
+        ROWS: tl.constexpr = value.shape[0]
+        COLUMNS: tl.constexpr = value.shape[1]
+        fours: tl.constexpr = [ROWS, COLUMNS // 4, 4]
+        pairs = tl.join(tl.reshape(block, fours), tl.reshape(value, fours))
+        value = tl.reshape(tl.permute(pairs, (0, 1, 3, 2)), [ROWS, 2 * COLUMNS])
+    return value
+
+
+@triton.jit
+def load_row(pointer, row, inner, strides, rows, WIDTH: tl.constexpr):
+    """One number for each row, `[rows, 1]` in float32; None for None."""
+    value = None
+    if pointer is not None:
+        where = row_offset(row, inner, strides, 1, WIDTH)
+        value = tl.load(pointer + where, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+    return value
+
+
+@triton.jit
+def store(pointer, row, column, value, mask, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+    """Write a `[rows, columns]` block of a contiguous tensor, in its own dtype."""
+    if pointer is not None:
+        where = widen(row, WIDTH)[:, None] * COLUMNS + column[None, :]
+        tl.store(pointer + where, value, mask=mask)
+
+
+@triton.jit
+def add(total, term):
+    """The sum of two terms that may be None."""
+    if total is None:
+        return term
+    elif term is None:
+        return total
+    else:
+        return total + term
+
+
+@triton.jit
+def append_gradient(pointer, block, value, SHAPE: tl.constexpr):
+    """The block of a gradient with its next part: 0 if no term contributes, nothing if nobody asked for it."""
+    if pointer is not None:
+        if value is None:
+            value = tl.zeros(SHAPE, tl.float32)
+        block = append(block, value, pointer.dtype.element_ty)
+    return block
