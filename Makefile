@@ -33,17 +33,17 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m ""
 
-# Speed, as ratios within one run.
+# Speed, as ratios within one run: a table, files and plots.
 bench: $(STAMP)
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/amvl-fast bench
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Runs again when the package's metadata or the tested versions change.
-$(STAMP): pyproject.toml setup.py constraints.txt
+# Runs again when the package's metadata, the tested versions or the C++ kernels change.
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 	@command -v $(PYTHON) >/dev/null || { \
 	  echo "amvl-fast: there is no $(PYTHON) here; install Python 3.10 to 3.13 or run make PYTHON=/path/to/python3." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || { \
@@ -56,5 +56,5 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 
 # Leaves runs/ and data/ alone: they may have cost hours.
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist kernels/cpu/*.so *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find amvl_fast kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from amvl_fast.ops import backend_status
+from amvl_fast.ops import backend_status, kernels_of
 
 CORE = ("amvl-fast", "torch", "triton", "transformers", "numpy", "safetensors")
 EXTRAS = {
@@ -33,7 +33,10 @@ def report() -> str:
         lines.append("CUDA          no device: training and inference run on the CPU")
     lines.append("")
     for name, reason in backend_status().items():
-        lines.append(f"backend {name:<6} {'available' if reason is None else f'missing: {reason}'}")
+        status = "available" if reason is None else f"missing: {reason}"
+        if name == "cpu" and reason is None:
+            status += f" ({kernels_of('cpu').instructions()} instructions)"
+        lines.append(f"backend {name:<6} {status}")
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from amvl_fast.errors import AMVLError
 
 _MAX_STREAM = 2**32
+_SEEDS = 2**63 - 1
 
 
 def broadcast_inputs(op: str, **inputs: Tensor) -> tuple[Tensor, ...]:
@@ -43,7 +44,7 @@ def seed_tensor(op: str, seed: int | Tensor | None, device: torch.device) -> Ten
         AMVLError: if the seed is neither None, nor an int of 64 bits, nor such a tensor on `device`.
     """
     if seed is None:
-        return torch.empty(1, dtype=torch.int64, device=device).random_()
+        return torch.randint(_SEEDS, (1,), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise AMVLError(

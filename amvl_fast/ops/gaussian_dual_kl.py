@@ -6,16 +6,77 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from amvl_fast.ops.arguments import broadcast_inputs, seed_tensor
-from amvl_fast.ops.backends import choose_backend, triton_kernels
+from amvl_fast.ops.backends import choose_backend, kernels_of
+from amvl_fast.ops.boundary import apply, boundary, first_derivatives_only
 from amvl_fast.ops.philox import philox_normal
 from amvl_fast.reference.gaussian import DualKL
 from amvl_fast.reference.gaussian import gaussian_dual_kl as reference_gaussian_dual_kl
 
 
-class _TritonDualKL(torch.autograd.Function):
+def _outputs(mean_q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    z = torch.empty(mean_q.shape, dtype=mean_q.dtype, device=mean_q.device)
+    forward_kl = torch.empty(mean_q.shape[:-1], dtype=torch.float32, device=mean_q.device)
+    return z, forward_kl, torch.empty_like(forward_kl)
+
+
+@boundary(
+    "gaussian_dual_kl_forward(Tensor mean_q, Tensor logvar_q, Tensor mean_p, Tensor logvar_p, Tensor seed, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
+    fake=_outputs,
+)
+def _forward(
+    mean_q: Tensor, logvar_q: Tensor, mean_p: Tensor, logvar_p: Tensor, seed: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _outputs(mean_q)
+    kernels_of(backend).gaussian_dual_kl_forward(mean_q, logvar_q, mean_p, logvar_p, seed, *outputs)
+    return outputs
+
+
+def _gradients(
+    mean_q: Tensor, logvar_q: Tensor, mean_p: Tensor, logvar_p: Tensor, needed: list[bool]
+) -> list[Tensor | None]:
+    inputs = (mean_q, logvar_q, mean_p, logvar_p)
+    return [
+        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if is_needed else None
+        for tensor, is_needed in zip(inputs, needed, strict=True)
+    ]
+
+
+def _fake_backward(*arguments: Any) -> list[Tensor]:
+    mean_q, logvar_q, mean_p, logvar_p, *_, needed, _, _ = arguments
+    return [grad for grad in _gradients(mean_q, logvar_q, mean_p, logvar_p, needed) if grad is not None]
+
+
+@boundary(
+    "gaussian_dual_kl_backward(Tensor mean_q, Tensor logvar_q, Tensor mean_p, Tensor logvar_p, Tensor seed, "
+    "Tensor? grad_z, Tensor? grad_forward_kl, Tensor? grad_reverse_kl, bool[] needed, bool stop_gradient, "
+    "str backend) -> Tensor[]",
+    fake=_fake_backward,
+)
+def _backward(
+    mean_q: Tensor,
+    logvar_q: Tensor,
+    mean_p: Tensor,
+    logvar_p: Tensor,
+    seed: Tensor,
+    grad_z: Tensor | None,
+    grad_forward_kl: Tensor | None,
+    grad_reverse_kl: Tensor | None,
+    needed: list[bool],
+    stop_gradient: bool,
+    backend: str,
+) -> list[Tensor]:
+    """The gradients that are needed, in the order of the inputs."""
+    inputs, upstream = (mean_q, logvar_q, mean_p, logvar_p), (grad_z, grad_forward_kl, grad_reverse_kl)
+    grads = _gradients(*inputs, needed)
+    kernels = kernels_of(backend)
+    kernels.gaussian_dual_kl_backward(*inputs, seed, *upstream, *grads, stop_gradient=stop_gradient)
+    return [grad for grad in grads if grad is not None]
+
+
+class _DualKL(torch.autograd.Function):
     """One launch forward, one backward. Only inputs and seed are saved: the noise is recomputed."""
 
     @staticmethod
@@ -27,31 +88,20 @@ class _TritonDualKL(torch.autograd.Function):
         logvar_p: Tensor,
         seed: Tensor,
         stop_gradient: bool,
+        backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        z = torch.empty(mean_q.shape, dtype=mean_q.dtype, device=mean_q.device)
-        forward_kl = torch.empty(mean_q.shape[:-1], dtype=torch.float32, device=mean_q.device)
-        reverse_kl = torch.empty_like(forward_kl)
-        triton_kernels().gaussian_dual_kl_forward(mean_q, logvar_q, mean_p, logvar_p, seed, z, forward_kl, reverse_kl)
         ctx.save_for_backward(mean_q, logvar_q, mean_p, logvar_p, seed)
-        ctx.stop_gradient = stop_gradient
+        ctx.stop_gradient, ctx.backend = stop_gradient, backend
         # The gradient of an output that nobody differentiated stays None instead of becoming zeros.
         ctx.set_materialize_grads(False)
-        return z, forward_kl, reverse_kl
+        return _forward(mean_q, logvar_q, mean_p, logvar_p, seed, backend)
 
     @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_z: Tensor | None, grad_forward_kl: Tensor | None, grad_reverse_kl: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        *inputs, seed = ctx.saved_tensors
-        grads = [
-            torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) if needed else None
-            for tensor, needed in zip(inputs, ctx.needs_input_grad, strict=False)
-        ]
-        triton_kernels().gaussian_dual_kl_backward(
-            *inputs, seed, grad_z, grad_forward_kl, grad_reverse_kl, *grads, stop_gradient=ctx.stop_gradient
-        )
-        return *grads, None, None
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        first_derivatives_only("gaussian_dual_kl")
+        needed = list(ctx.needs_input_grad[:4])
+        grads = iter(_backward(*ctx.saved_tensors, *upstream, needed, ctx.stop_gradient, ctx.backend))
+        return *(next(grads) if is_needed else None for is_needed in needed), None, None, None
 
 
 def gaussian_dual_kl(
@@ -74,7 +124,7 @@ def gaussian_dual_kl(
 
     These are the terms of AMVL (arXiv 2607.00461). The forms that are computed, accurate where posterior and
     prior nearly agree, and their gradients are our derivation: see `amvl_fast.reference.gaussian_dual_kl`.
-    The Triton kernels give first derivatives only; `backend="torch"` gives any.
+    The kernels give first derivatives only; `backend="torch"` gives any.
 
     Args:
         posterior_mean, posterior_logvar, prior_mean, prior_logvar: `[..., d]`, floating, broadcastable to
@@ -83,7 +133,7 @@ def gaussian_dual_kl(
         seed: an int, a one-element int64 tensor on the inputs' device, or None to draw one from PyTorch's
             generator.
         stop_gradient: if false, both KLs flow into posterior and prior, as in a plain ELBO.
-        backend: `"triton"`, `"torch"`, or None to choose by device.
+        backend: `"triton"`, `"cpu"`, `"torch"`, or None to choose by device.
 
     Returns:
         `DualKL(z, forward_kl, reverse_kl)`: z `[..., d]` in the dtype of `posterior_mean`; the KLs `[...]`,
@@ -113,8 +163,8 @@ def gaussian_dual_kl(
     device = inputs[0].device
     name = choose_backend(backend, inputs, device)
     seed = seed_tensor(op, seed, device)
-    if name == "triton":
-        return DualKL(*_TritonDualKL.apply(*inputs, seed, stop_gradient))
+    if name != "torch":
+        return DualKL(*apply(_DualKL, op, *inputs, seed, stop_gradient, name))
     noise = philox_normal(inputs[0].shape, seed)
     mean_q, logvar_q, mean_p, logvar_p = inputs
     return reference_gaussian_dual_kl(mean_q, logvar_q, mean_p, logvar_p, noise, stop_gradient=stop_gradient)

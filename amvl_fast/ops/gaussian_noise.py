@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from amvl_fast.errors import AMVLError
 from amvl_fast.ops.arguments import check_stream, seed_tensor
-from amvl_fast.ops.backends import choose_backend, triton_kernels
+from amvl_fast.ops.backends import choose_backend, kernels_of
+from amvl_fast.ops.boundary import boundary
 from amvl_fast.ops.philox import philox_normal
+
+
+def _empty(shape: Sequence[int], seed: Tensor, *_: Any) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=seed.device)
+
+
+@boundary("gaussian_noise(SymInt[] shape, Tensor seed, int stream, str backend) -> Tensor", fake=_empty)
+def _noise(shape: Sequence[int], seed: Tensor, stream: int, backend: str) -> Tensor:
+    out = _empty(shape, seed)
+    kernels_of(backend).gaussian_noise(out, seed, stream)
+    return out
 
 
 def gaussian_noise(
@@ -31,7 +44,7 @@ def gaussian_noise(
         shape: `[..., d]`, at least one dimension.
         seed: an int, a one-element int64 tensor on `device`, or None for one from PyTorch's generator.
         device: where to make the noise.
-        backend: `"triton"`, `"torch"`, or None to choose by device.
+        backend: `"triton"`, `"cpu"`, `"torch"`, or None to choose by device.
         stream: number of an independent sequence for the same seed, 0 to 2**32 - 1. `gaussian_dual_kl`
             uses 0.
 
@@ -55,8 +68,7 @@ def gaussian_noise(
     device = torch.empty(0, device=device).device
     seed = seed_tensor(op, seed, device)
     stream = check_stream(op, stream)
-    if choose_backend(backend, [], device) == "torch":
+    name = choose_backend(backend, [], device)
+    if name == "torch":
         return philox_normal(shape, seed, stream=stream)
-    out = torch.empty(shape, dtype=torch.float32, device=device)
-    triton_kernels().gaussian_noise(out, seed, stream)
-    return out
+    return _noise(shape, seed, stream, name)

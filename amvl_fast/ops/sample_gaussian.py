@@ -7,33 +7,56 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from amvl_fast.errors import AMVLError
 from amvl_fast.ops.arguments import broadcast_inputs, check_stream, seed_tensor
-from amvl_fast.ops.backends import choose_backend, triton_kernels
+from amvl_fast.ops.backends import choose_backend, kernels_of
+from amvl_fast.ops.boundary import apply, boundary, first_derivatives_only
 from amvl_fast.ops.philox import philox_normal
 
 
-class _TritonSample(torch.autograd.Function):
+def _like(tensor: Tensor, *_: Any) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+@boundary(
+    "sample_gaussian_forward(Tensor mean, Tensor logvar, Tensor seed, float temperature, int stream, str backend) "
+    "-> Tensor",
+    fake=_like,
+)
+def _forward(mean: Tensor, logvar: Tensor, seed: Tensor, temperature: float, stream: int, backend: str) -> Tensor:
+    z = _like(mean)
+    kernels_of(backend).sample_gaussian_forward(mean, logvar, seed, temperature, stream, z)
+    return z
+
+
+@boundary(
+    "sample_gaussian_backward(Tensor logvar, Tensor grad_z, Tensor seed, float temperature, int stream, str backend) "
+    "-> Tensor",
+    fake=_like,
+)
+def _backward(logvar: Tensor, grad_z: Tensor, seed: Tensor, temperature: float, stream: int, backend: str) -> Tensor:
+    grad_logvar = _like(logvar)
+    kernels_of(backend).sample_gaussian_backward(grad_z, logvar, seed, temperature, stream, grad_logvar)
+    return grad_logvar
+
+
+class _Sample(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mean: Tensor, logvar: Tensor, seed: Tensor, temperature: float, stream: int) -> Tensor:
-        z = torch.empty(mean.shape, dtype=mean.dtype, device=mean.device)
-        triton_kernels().sample_gaussian_forward(mean, logvar, seed, temperature, stream, z)
+    def forward(
+        ctx: Any, mean: Tensor, logvar: Tensor, seed: Tensor, temperature: float, stream: int, backend: str
+    ) -> Tensor:
         ctx.save_for_backward(logvar, seed)
-        ctx.temperature, ctx.stream = temperature, stream
-        return z
+        ctx.options = temperature, stream, backend
+        return _forward(mean, logvar, seed, temperature, stream, backend)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
+        first_derivatives_only("sample_gaussian")
         logvar, seed = ctx.saved_tensors
         grad_mean = grad_z if ctx.needs_input_grad[0] else None
-        grad_logvar = None
-        if ctx.needs_input_grad[1]:
-            grad_logvar = torch.empty(logvar.shape, dtype=logvar.dtype, device=logvar.device)
-            triton_kernels().sample_gaussian_backward(grad_z, logvar, seed, ctx.temperature, ctx.stream, grad_logvar)
-        return grad_mean, grad_logvar, None, None, None
+        grad_logvar = _backward(logvar, grad_z, seed, *ctx.options) if ctx.needs_input_grad[1] else None
+        return grad_mean, grad_logvar, None, None, None, None
 
 
 def sample_gaussian(
@@ -56,7 +79,7 @@ def sample_gaussian(
         temperature: scales the standard deviation. 0 gives the mean exactly, whatever `logvar` is.
         seed: an int, a one-element int64 tensor on the inputs' device, or None to draw one from PyTorch's
             generator.
-        backend: `"triton"`, `"torch"`, or None to choose by device.
+        backend: `"triton"`, `"cpu"`, `"torch"`, or None to choose by device.
         stream: number of an independent sequence of noise for the same seed, 0 to 2**32 - 1.
 
     Returns:
@@ -85,8 +108,8 @@ def sample_gaussian(
     if temperature == 0.0:
         # Not 0 * exp(logvar / 2): that is NaN where the exponential overflows.
         return mean.clone(memory_format=torch.contiguous_format)
-    if name == "triton":
-        return _TritonSample.apply(mean, logvar, seed, temperature, stream)
+    if name != "torch":
+        return apply(_Sample, op, mean, logvar, seed, temperature, stream, name)
     compute = torch.float64 if torch.float64 in (mean.dtype, logvar.dtype) else torch.float32
     noise = philox_normal(mean.shape, seed, stream=stream).to(compute)
     return (mean.to(compute) + temperature * torch.exp(logvar.to(compute) / 2) * noise).to(dtype)

@@ -1,0 +1,68 @@
+"""The boundary at which torch.compile stops tracing and the kernels begin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+
+from amvl_fast.errors import AMVLError
+
+
+def boundary(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as the operator `torch.ops.amvl_fast.<name>`, and go through it only when compiling.
+
+    A registered operator is one opaque node for torch.compile and for everything else that works on graphs. In
+    eager mode the dispatcher would only add microseconds, so the function is called directly there.
+
+    Args:
+        schema: name, arguments and results, as `torch.library.define` takes them.
+        fake: given the same arguments, makes results of the same shapes, dtypes and devices without computing.
+    """
+    name = "amvl_fast::" + schema.partition("(")[0]
+    torch.library.define(name, schema.partition("(")[1] + schema.partition("(")[2])
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        torch.library.impl(name, ("CPU", "CUDA"), function)
+        torch.library.register_fake(name, fake)
+        operator = getattr(torch.ops.amvl_fast, name.partition("::")[2]).default
+
+        @wraps(function)
+        def call(*arguments: Any) -> Any:
+            return operator(*arguments) if torch.compiler.is_compiling() else function(*arguments)
+
+        return call
+
+    return register
+
+
+def apply(function: type[torch.autograd.Function], op: str, *arguments: Any) -> Any:
+    """`function.apply(*arguments)`, for a function of kernels whose `forward` takes its context.
+
+    The form that torch.func wants, with a `setup_context`, binds its arguments by name at every call, which takes
+    longer than the kernel of the paper's latents. And what would `torch.func.vmap` mean for noise that counts rows?
+
+    Raises:
+        AMVLError: under a transform of torch.func.
+    """
+    try:
+        return function.apply(*arguments)
+    except RuntimeError as error:
+        if "functorch transforms" not in str(error):
+            raise
+        raise AMVLError(
+            f"{op}: the kernels cannot be transformed by torch.func (vmap, grad, ...); use backend='torch', or pass a "
+            "mapped dimension as a leading one, which needs no vmap."
+        ) from None
+
+
+def first_derivatives_only(op: str) -> None:
+    """Refuse a backward pass that is to be differentiated itself: the kernels' gradients would count as constants.
+
+    Raises:
+        AMVLError: where gradients are computed with `create_graph=True`.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise AMVLError(f"{op}: the kernels give first derivatives only; use backend='torch' with create_graph=True.")

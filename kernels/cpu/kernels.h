@@ -1,0 +1,58 @@
+// What the C interface (interface.cpp) and the kernels (one copy per instruction set) have in common.
+#pragma once
+
+#include <cstdint>
+
+enum class DType : int64_t { float32, bfloat16, float16 };
+
+// A tensor of the common shape [..., d]: its leading dimensions are folded in `Job`.
+struct View {
+  void* data;  // null: no such tensor
+  DType dtype;
+  int64_t column_stride;
+};
+
+constexpr int MAX_TENSORS = 11, MAX_DIMS = 64;
+
+// A call: tensors seen as rows. Which tensor stands where is up to the kernel.
+struct Job {
+  View tensors[MAX_TENSORS];
+  int inputs;  // the first ones; they may have any strides, the others (outputs) are contiguous
+  // Leading dimensions, folded where every input steps through them evenly, and the strides of the inputs.
+  int dims;
+  int64_t sizes[MAX_DIMS];
+  int64_t strides[MAX_DIMS][MAX_TENSORS];
+  int64_t rows, columns;
+  uint64_t seed;
+  uint32_t stream;
+  int64_t first_row;  // of the noise: `words` alone can begin elsewhere than at 0
+  float temperature;
+  bool stop_gradient;
+  bool past_caches;  // the outputs are larger than the caches
+
+  // How many columns a block from `start` on has.
+  int columns_from(int64_t start, int block) const {
+    return columns - start < block ? (int)(columns - start) : block;
+  }
+
+  // Where a row begins in each input.
+  void offsets(int64_t row, int64_t* offset) const {
+    for (int t = 0; t < inputs; t++) offset[t] = 0;
+    for (int dim = dims - 1; dim >= 0; dim--) {
+      const int64_t index = dim == 0 ? row : row % sizes[dim];
+      row = dim == 0 ? 0 : row / sizes[dim];
+      for (int t = 0; t < inputs; t++) offset[t] += index * strides[dim][t];
+    }
+  }
+};
+
+// Rows [first, last) of a job.
+typedef void Kernel(const Job& job, int64_t first, int64_t last);
+
+struct Kernels {
+  Kernel *dual_kl_forward, *dual_kl_backward, *sample_forward, *sample_backward, *noise, *words;
+};
+
+extern const Kernels kernels_baseline;
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;

@@ -1,0 +1,162 @@
+"""The latent ops under what PyTorch does to functions: torch.compile, autocast, checkpointing, torch.func."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import amvl_fast
+from amvl_fast.errors import AMVLError
+
+KERNELS = ["cpu", "triton"]  # the backends with operators of their own; "torch" is made of PyTorch's
+
+
+def leaves(shape, device, dtype=torch.float32):
+    torch.manual_seed(0)
+    return [torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(4)]
+
+
+@pytest.fixture(params=KERNELS)
+def backend(request, device):
+    if request.param == "cpu" and device.type != "cpu":
+        pytest.skip("the C++ kernels run on the CPU, and tests run on the GPU that is here")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def latents(mean_q, logvar_q, mean_p, logvar_p, seed, backend):
+    """All three ops, with something for the compiler to fuse around them."""
+    out = amvl_fast.gaussian_dual_kl(mean_q * 2, logvar_q, mean_p, logvar_p, seed=seed, backend=backend)
+    sample = amvl_fast.sample_gaussian(mean_p, logvar_p, temperature=0.5, seed=seed, stream=1, backend=backend)
+    noise = amvl_fast.gaussian_noise(out.z.shape, seed, device=out.z.device, backend=backend)
+    return (out.z * noise).tanh().sum() + (out.forward_kl + 2 * out.reverse_kl).sum() + sample.square().sum()
+
+
+@pytest.mark.parametrize("needed", [(0, 1, 2, 3), (2,)])
+def test_compile_is_one_graph_for_all_lengths(backend, device, needed):
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(latents, backend=counter, fullgraph=True, dynamic=True)
+    seed = torch.tensor([3], device=device)
+    for length in (3, 5, 4):
+        inputs = leaves((length, 2, 12), device)
+        wanted = [inputs[i] for i in needed]
+        for i in {0, 1, 2, 3} - set(needed):
+            inputs[i].requires_grad_(False)
+        results = []
+        for function in (latents, compiled):
+            loss = function(*inputs, seed, backend)
+            results.append([loss, *torch.autograd.grad(loss, wanted)])
+        for eager, got in zip(*results, strict=True):
+            torch.testing.assert_close(got, eager, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count == 1
+    assert operators(counter.graphs[0]) == {
+        "gaussian_dual_kl_forward": 1,
+        "sample_gaussian_forward": 1,
+        "gaussian_noise": 1,
+    }
+
+
+def operators(graph):
+    """How often each operator of ours stands in a graph, the bodies of its autograd functions included."""
+    count = {}
+    for module in graph.modules():
+        for node in getattr(getattr(module, "graph", None), "nodes", []):
+            namespace, _, name = str(node.target).partition(".")
+            if namespace == "amvl_fast" and "backward" not in name:
+                name = name.removesuffix(".default")
+                count[name] = count.get(name, 0) + 1
+    return count
+
+
+def test_compiled_seeds_come_from_the_generator(backend, device):
+    compiled = torch.compile(lambda *t: amvl_fast.gaussian_dual_kl(*t, backend=backend).z, fullgraph=True)
+    inputs = leaves((2, 8), device)
+    torch.manual_seed(1)
+    first, second = compiled(*inputs), compiled(*inputs)
+    torch.manual_seed(1)
+    assert torch.equal(compiled(*inputs), first)
+    assert not torch.equal(first, second)
+
+
+def test_eager_calls_pass_no_dispatcher(backend, device):
+    """Called directly when nothing compiles: the operators do not show up, forward or backward."""
+    inputs = leaves((2, 8), device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        latents(*inputs, torch.tensor([0], device=device), backend).backward()
+    assert not [event.key for event in profile.key_averages() if event.key.startswith("amvl_fast::")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(backend, device, dtype):
+    inputs = [t.detach() for t in leaves((3, 2, 8), device, dtype)]
+    seed = torch.tensor([5], device=device)
+    ops = torch.ops.amvl_fast
+    upstream = [torch.randn_like(inputs[0]), torch.randn(3, 2, device=device), None]
+    for arguments in [
+        (ops.gaussian_dual_kl_forward.default, (*inputs, seed, backend)),
+        (ops.gaussian_dual_kl_backward.default, (*inputs, seed, *upstream, [True, False, True, True], True, backend)),
+        (ops.gaussian_dual_kl_backward.default, (*inputs, seed, None, None, upstream[1], [True] * 4, False, backend)),
+        (ops.sample_gaussian_forward.default, (*inputs[:2], seed, 0.5, 2, backend)),
+        (ops.sample_gaussian_backward.default, (*inputs[:2], seed, 0.5, 2, backend)),
+        (ops.gaussian_noise.default, ([3, 2, 8], seed, 1, backend)),
+    ]:
+        torch.library.opcheck(*arguments)
+
+
+def test_autocast(backend, device):
+    """Autocast changes what a model's layers hand over, and nothing inside the op."""
+    inputs = leaves((3, 8), device, torch.bfloat16)
+    plain = amvl_fast.gaussian_dual_kl(*inputs, seed=1, backend=backend)
+    with torch.autocast(device.type, torch.bfloat16):
+        cast = amvl_fast.gaussian_dual_kl(*inputs, seed=1, backend=backend)
+    for a, b in zip(plain, cast, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, torch.compile], ids=["eager", "compiled"])
+def test_checkpointing_replays_the_noise(backend, device, wrap):
+    """The gradient of sum(z^3) in mean_q is 3 z^2 of the very z that came out, not of a replay with another seed."""
+
+    def cubes(*inputs):
+        z = amvl_fast.gaussian_dual_kl(*inputs, backend=backend).z
+        return (z**3).sum(), z
+
+    inputs = leaves((3, 8), device)
+    loss, z = wrap(lambda *inputs: checkpoint(cubes, *inputs, use_reentrant=False))(*inputs)
+    (grad,) = torch.autograd.grad(loss, inputs[0])
+    torch.testing.assert_close(grad, 3 * z.detach() ** 2, rtol=1e-5, atol=1e-6)
+
+
+def test_torch_func_is_refused_by_kernels_and_taken_by_torch(backend, device):
+    mean, logvar = (t.detach() for t in leaves((3, 8), device)[:2])
+
+    def dual(mean, logvar, backend):
+        return amvl_fast.gaussian_dual_kl(mean, logvar, mean + 1, logvar, seed=0, backend=backend).forward_kl.sum()
+
+    def sample(mean, logvar, backend):
+        return amvl_fast.sample_gaussian(mean, logvar, seed=0, backend=backend).sum()
+
+    for name, op in [("gaussian_dual_kl", dual), ("sample_gaussian", sample)]:
+        for transform in (torch.func.vmap, torch.func.grad):
+            with pytest.raises(AMVLError, match=f"{name}: the kernels cannot be transformed by torch.func") as error:
+                transform(lambda m, v, op=op: op(m, v, backend))(mean, logvar)
+            assert "\n" not in str(error.value)
+        mapped = torch.func.vmap(lambda m, v, op=op: op(m, v, "torch"))(mean, logvar)
+        torch.testing.assert_close(mapped, torch.stack([op(m, v, "torch") for m, v in zip(mean, logvar, strict=True)]))
+
+
+def test_second_derivatives_are_refused_by_kernels(backend, device):
+    inputs = leaves((3, 8), device)
+    for name, output in [
+        ("gaussian_dual_kl", amvl_fast.gaussian_dual_kl(*inputs, seed=0, backend=backend).forward_kl),
+        ("sample_gaussian", amvl_fast.sample_gaussian(*inputs[2:], seed=0, backend=backend)),
+    ]:
+        with pytest.raises(AMVLError, match=f"{name}: the kernels give first derivatives only"):
+            torch.autograd.grad(output.sum(), inputs[3], create_graph=True)
