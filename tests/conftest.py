@@ -15,6 +15,21 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture
-def device() -> torch.device:
-    """Where kernels run here: the GPU, or the CPU under the interpreter."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where the kernels run here, or those of the backend that the test is parametrised with."""
+    from latent_ops import device_for  # not before the interpreter is chosen
+
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    return device_for(parameters.get("backend"))
+
+
+@pytest.fixture
+def poisoned_memory():
+    """PyTorch hands out memory full of NaN, so an element that nobody writes cannot pass for a result."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
