@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from amvl_fast.errors import AMVLError
 
@@ -58,6 +59,16 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--max-new-tokens", type=positive, default=64)
     verb.set_defaults(run=run_generate)
+
+    verb = verbs.add_parser("bench", help="measure the latent ops beside their peers, with tables and plots")
+    verb.add_argument("--output", metavar="DIR", help="where to write; by default a folder for this machine")
+    verb.add_argument("--quick", action="store_true", help="small sizes only, to see that everything works")
+    verb.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the GPU kernels instead, without a GPU, and report on their code",
+    )
+    verb.set_defaults(run=run_bench)
 
     verb = verbs.add_parser("doctor", help="versions, devices, and which backends run here")
     verb.set_defaults(run=run_doctor)
@@ -113,6 +124,22 @@ def run_generate(arguments: argparse.Namespace) -> int:
     row = {"messages": [{"role": "user", "content": content}], "images": [image]}
     options = {"latent_temperature": arguments.latent_temperature, "seed": arguments.seed}
     print(answer(model, ChatCollator(processor), [row], max_new_tokens=arguments.max_new_tokens, **options)[0])
+    return 0
+
+
+def run_bench(arguments: argparse.Namespace) -> int:
+    output = Path(arguments.output) if arguments.output else None
+    if output is not None and output.exists() and not output.is_dir():
+        raise AMVLError(f"--output {output} is not a directory; name one, it is made where it does not exist.")
+    if arguments.compile:
+        from amvl_fast.bench.compile_report import report
+
+        print(report(output, wide=not arguments.quick))
+        return 0
+    from amvl_fast.bench.run import bench
+
+    for path in bench(output, quick=arguments.quick):
+        print(path)
     return 0
 
 

@@ -1,0 +1,1 @@
+"""Measurements of the fused kernels, behind `amvl-fast bench`."""
