@@ -35,7 +35,7 @@ def test_help_names_every_verb(capsys):
         main(["--help"])
     assert end.value.code == 0
     printed = capsys.readouterr().out
-    assert all(verb in printed for verb in ("train", "evaluate", "generate", "doctor"))
+    assert all(verb in printed for verb in ("train", "evaluate", "generate", "bench", "doctor"))
 
 
 def test_a_missing_extra_is_named(tmp_path, monkeypatch):

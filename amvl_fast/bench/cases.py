@@ -22,8 +22,8 @@ MODES = ("forward", "backward", "full", "no-grad")
 ELEMENTS_MOVED = {"forward": 4 + 1, "no-grad": 4 + 1, "backward": (4 + 1) + 4, "full": (4 + 1) + (4 + 1) + 4}
 
 SLOTS = 8
-LADDER = (1, 8, 64, 512, 4096)  # one example; a device's share; a batch; and enough to fill any GPU
-MIDDLE = (8, 64, 512)
+LADDER = (1, 4, 16, 64, 256, 1024, 4096)  # one example; what a device trains on; and enough to fill any GPU
+MIDDLE = (16, 256, 1024)
 
 # Leaves rotate until together they exceed this, twice the last-level cache of large processors and GPUs: then no call
 # finds its inputs in a cache. Small ones still do, as in training, where what made them has just run.
