@@ -1,14 +1,15 @@
 """The latent ops under what PyTorch does to functions: torch.compile, autocast, checkpointing, torch.func."""
 
+import shutil
+
 import pytest
 import torch
+from latent_ops import KERNELS, device_for
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import amvl_fast
 from amvl_fast.errors import AMVLError
-
-KERNELS = ["cpu", "triton"]  # the backends with operators of their own; "torch" is made of PyTorch's
 
 
 def leaves(shape, device, dtype=torch.float32):
@@ -16,11 +17,21 @@ def leaves(shape, device, dtype=torch.float32):
     return [torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(4)]
 
 
+compiles = pytest.mark.skipif(
+    not torch.cuda.is_available() and not any(map(shutil.which, ("c++", "g++", "clang++"))),
+    reason="there is no C++ compiler on PATH for torch.compile",
+)
+
+
+# "torch" needs no operator of ours: it is made of PyTorch's.
 @pytest.fixture(params=KERNELS)
-def backend(request, device):
-    if request.param == "cpu" and device.type != "cpu":
-        pytest.skip("the C++ kernels run on the CPU, and tests run on the GPU that is here")
+def backend(request):
     return request.param
+
+
+@pytest.fixture
+def device(backend):
+    return device_for(backend)
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +49,7 @@ def latents(mean_q, logvar_q, mean_p, logvar_p, seed, backend):
     return (out.z * noise).tanh().sum() + (out.forward_kl + 2 * out.reverse_kl).sum() + sample.square().sum()
 
 
+@compiles
 @pytest.mark.parametrize("needed", [(0, 1, 2, 3), (2,)])
 def test_compile_is_one_graph_for_all_lengths(backend, device, needed):
     counter = CompileCounterWithBackend("inductor")
@@ -74,6 +86,7 @@ def operators(graph):
     return count
 
 
+@compiles
 def test_compiled_seeds_come_from_the_generator(backend, device):
     compiled = torch.compile(lambda *t: amvl_fast.gaussian_dual_kl(*t, backend=backend).z, fullgraph=True)
     inputs = leaves((2, 8), device)
@@ -120,7 +133,7 @@ def test_autocast(backend, device):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, torch.compile], ids=["eager", "compiled"])
+@pytest.mark.parametrize("wrap", [lambda f: f, pytest.param(torch.compile, marks=compiles)], ids=["eager", "compiled"])
 def test_checkpointing_replays_the_noise(backend, device, wrap):
     """The gradient of sum(z^3) in mean_q is 3 z^2 of the very z that came out, not of a replay with another seed."""
 
