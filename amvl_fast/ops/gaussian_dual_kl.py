@@ -124,7 +124,9 @@ def gaussian_dual_kl(
 
     These are the terms of AMVL (arXiv 2607.00461). The forms that are computed, accurate where posterior and
     prior nearly agree, and their gradients are our derivation: see `amvl_fast.reference.gaussian_dual_kl`.
-    The kernels give first derivatives only; `backend="torch"` gives any.
+    A NaN or inf in one of the inputs makes NaN of its element of z and of both KLs of its row, and of no other
+    row. The kernels give first derivatives only, and none under the transforms of `torch.func`;
+    `backend="torch"` gives all.
 
     Args:
         posterior_mean, posterior_logvar, prior_mean, prior_logvar: `[..., d]`, floating, broadcastable to
@@ -141,7 +143,7 @@ def gaussian_dual_kl(
 
     Raises:
         AMVLError: (a ValueError) for inputs that do not fit together, a bad seed, or a backend that cannot
-            run here.
+            run here; in the backward pass for `create_graph=True`, unless the backend is `"torch"`.
 
     Example:
         >>> import torch

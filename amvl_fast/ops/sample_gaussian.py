@@ -72,7 +72,8 @@ def sample_gaussian(
 
     The reparameterised sample by which inference draws latents from the prior (arXiv 2607.00461). `eps` is
     `gaussian_noise(shape, seed, stream=stream)`; it is recomputed in the backward pass, never stored, by the
-    kernels. They give first derivatives only; `backend="torch"` gives any.
+    kernels. They give first derivatives only, and none under the transforms of `torch.func`; `backend="torch"`
+    gives all.
 
     Args:
         mean, logvar: `[..., d]`, floating, broadcastable to each other, any strides.
