@@ -9,15 +9,16 @@ editable install maps packages, not the namespace above them.
 import os
 import platform
 import sys
+from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CCompilerError, ExecError, PlatformError
+from setuptools.errors import CompileError, LinkError
 
 FLAGS = [
-    *["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-g0", "-w"],
-    # Interleaves independent vectors: the kernels are bound by the latency of their chains, not by their number.
-    *["-fschedule-insns", "-fsched-pressure"],
+    *["-O3", "-std=c++17", "-fno-exceptions", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"],
+    *["-g0", "-w"],
 ]
 
 # The same source once for each instruction set; interface.cpp chooses among them at run time.
@@ -43,33 +44,53 @@ class BuildKernels(build_ext):
         return []
 
     def build_extension(self, extension):
-        # The runtime that PyTorch uses, whose threads are then shared, goes by the same name on Linux.
-        openmp = ["-fopenmp"] if sys.platform == "linux" else []
-        try:
-            self.build_library(extension, openmp)
-        except (CCompilerError, ExecError, PlatformError) as error:
-            print(f"amvl-fast: the C++ kernels are left out, for they could not be built ({error})", file=sys.stderr)
-
-    def build_library(self, extension, openmp):
+        library = Path(self.get_ext_fullpath(extension.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        library.unlink(missing_ok=True)  # or, if this build fails, an earlier one's would be packaged
         kernels, interface = extension.sources
         objects = []
         for name, flags in INSTRUCTIONS.items():
-            objects += self.compiler.compile(
-                [kernels],
-                output_dir=os.path.join(self.build_temp, name),
-                macros=[("INSTRUCTIONS", name)],
-                extra_postargs=[*FLAGS, *flags],
-                depends=extension.depends,
-            )
-        objects += self.compiler.compile(
-            [interface], output_dir=self.build_temp, extra_postargs=[*FLAGS, *openmp], depends=extension.depends
+            objects += self.compile(extension, kernels, flags, os.path.join(self.build_temp, name), name)
+        # The runtime that PyTorch uses, whose threads are then shared, goes by the same name on Linux. Clang has
+        # OpenMP in a package of its own: without it the library computes in one thread.
+        for openmp in [["-fopenmp"], []] if sys.platform == "linux" else [[]]:
+            try:
+                # The C++ runtime linked in: a system's own may be older than the one that PyTorch brings, or newer.
+                self.compiler.link_shared_object(
+                    objects + self.compile(extension, interface, openmp, self.build_temp),
+                    str(library),
+                    extra_postargs=[*openmp, "-static-libstdc++", "-static-libgcc"],
+                    target_lang="c++",
+                )
+                return
+            except (CompileError, LinkError):
+                if not openmp:
+                    raise
+
+    def compile(self, extension, source, flags, folder, instructions=None):
+        macros = [("INSTRUCTIONS", instructions)] if instructions else []
+        return self.compiler.compile(
+            [source],
+            output_dir=folder,
+            macros=macros,
+            extra_postargs=[*FLAGS, *flags],
+            depends=extension.depends,
         )
-        library = self.get_ext_fullpath(extension.name)
-        os.makedirs(os.path.dirname(library), exist_ok=True)
-        # The C++ runtime linked in: a system's own may be older than the one that PyTorch brings, or newer.
-        self.compiler.link_shared_object(
-            objects, library, extra_postargs=[*openmp, "-static-libstdc++", "-static-libgcc"], target_lang="c++"
-        )
+
+    def copy_extensions_to_source(self):
+        """Of an editable install, whose library stands beside the sources."""
+        for extension in self.extensions:
+            package, _, library = extension.name.rpartition(".")
+            folder = self.get_finalized_command("build_py").get_package_dir(package)
+            Path(folder, f"{library}.so").unlink(missing_ok=True)
+        super().copy_extensions_to_source()
+
+
+class PlatformWheel(bdist_wheel):
+    """For this platform and any Python: the library is called through ctypes, whatever the interpreter's version."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
 
 
 HEADERS = [
@@ -90,6 +111,8 @@ setup(
         "amvl_fast.kernels.triton",
     ],
     package_dir={"amvl_fast.kernels.cpu": "kernels/cpu", "amvl_fast.kernels.triton": "kernels/triton"},
+    # Not what MANIFEST.in lists: that is for the sdist, and an installed package needs no C++ sources.
+    include_package_data=False,
     package_data={"amvl_fast": ["py.typed"]},
     ext_modules=[
         Extension(
@@ -97,7 +120,8 @@ setup(
             ["kernels/cpu/kernels.cpp", "kernels/cpu/interface.cpp"],
             depends=[f"kernels/cpu/{name}.h" for name in HEADERS],
             language="c++",
+            optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"bdist_wheel": PlatformWheel, "build_ext": BuildKernels},
 )

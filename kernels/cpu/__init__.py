@@ -20,7 +20,12 @@ from torch import Tensor
 
 LIBRARY = Path(__file__).with_name("libamvl_fast.so")
 
+# What interface.cpp calls itself: raised, there and here, whenever the two sides of a call change.
+_INTERFACE = 1
+
 _library = ctypes.CDLL(str(LIBRARY))
+if not hasattr(_library, "amvl_interface") or _library.amvl_interface() != _INTERFACE:
+    raise ImportError(f"{LIBRARY} was built from other sources than the package")
 _library.amvl_instructions.restype = ctypes.c_char_p
 for _name in ("dual_kl_forward", "dual_kl_backward", "sample_forward", "sample_backward", "noise", "words"):
     _function = getattr(_library, f"amvl_{_name}")
@@ -29,7 +34,7 @@ _library.amvl_choose(None)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 0}
 
-(_BITS_OF_ONE,) = struct.unpack("i", struct.pack("f", 1.0))
+(_BITS_OF_ONE,) = struct.unpack("q", struct.pack("d", 1.0))
 
 # A thread is worth waking for this many elements: it takes about as long as their arithmetic.
 _ELEMENTS_PER_THREAD = 4096
@@ -71,7 +76,7 @@ def _call(
         False,
         seed.data_ptr(),
         stream,
-        _BITS_OF_ONE if temperature == 1.0 else struct.unpack("i", struct.pack("f", temperature))[0],
+        _BITS_OF_ONE if temperature == 1.0 else struct.unpack("q", struct.pack("d", temperature))[0],
         stop_gradient,
         first_row,
         len(inputs) + len(row_inputs),

@@ -47,13 +47,13 @@ void dual_kl_forward(const Job& job, int64_t first, int64_t last) {
   int64_t offset[MAX_TENSORS];
   alignas(64) float buffers[4][BLOCK];
   for (int64_t row = first; row < last; row++) {
-    job.offsets(row, offset);
+    row_offsets(job, row, offset);
     const Source mean_q(views[0], offset[0]), logvar_q(views[1], offset[1]);
     const Source mean_p(views[2], offset[2]), logvar_p(views[3], offset[3]);
     const Sink z(views[4], row, job);
     RowSum forward_kl, reverse_kl;
     for (int64_t start = 0; start < job.columns; start += BLOCK) {
-      const int count = job.columns_from(start, BLOCK);
+      const int count = columns_from(job, start);
       const float* mq = mean_q.block(start, count, buffers[0]);
       const float* lq = logvar_q.block(start, count, buffers[1]);
       const float* mp = mean_p.block(start, count, buffers[2]);
@@ -97,7 +97,7 @@ void dual_kl_backward_rows(const Job& job, int64_t first, int64_t last) {
   int64_t offset[MAX_TENSORS];
   alignas(64) float buffers[5][BLOCK];
   for (int64_t row = first; row < last; row++) {
-    job.offsets(row, offset);
+    row_offsets(job, row, offset);
     const Source mean_q(views[0], offset[0]), logvar_q(views[1], offset[1]);
     const Source mean_p(views[2], offset[2]), logvar_p(views[3], offset[3]);
     const Source grad_z(views[4], offset[4]);
@@ -109,7 +109,7 @@ void dual_kl_backward_rows(const Job& job, int64_t first, int64_t last) {
       if (views[5 + i].data) weight[i] = *Source(views[5 + i], offset[5 + i]).block(0, 1, block);
     }
     for (int64_t start = 0; start < job.columns; start += BLOCK) {
-      const int count = job.columns_from(start, BLOCK);
+      const int count = columns_from(job, start);
       const float* mq = mean_q.block(start, count, buffers[0]);
       const float* lq = logvar_q.block(start, count, buffers[1]);
       const float* mp = mean_p.block(start, count, buffers[2]);

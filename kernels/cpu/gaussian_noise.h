@@ -13,7 +13,7 @@ void noise(const Job& job, int64_t first, int64_t last) {
     for (int64_t start = 0; start < job.columns; start += BLOCK) {
       Float normal[4];
       philox_normal(job.seed, job.stream, row, start / 4, normal);
-      out.write(start, job.columns_from(start, BLOCK), normal);
+      out.write(start, columns_from(job, start), normal);
     }
   }
   if (job.past_caches) finish_stores();
@@ -26,7 +26,7 @@ void words(const Job& job, int64_t first, int64_t last) {
     for (int64_t start = 0; start < job.columns; start += BLOCK) {
       Word word[4];
       philox_words(job.seed, job.stream, job.first_row + row, start / 4, word);
-      for (int i = 0; i < job.columns_from(start, BLOCK); i++) {
+      for (int i = 0; i < columns_from(job, start); i++) {
         int lane = 0;
         while (group_of(lane) != i / 4) lane++;
         out[start + i] = word[i % 4][lane];

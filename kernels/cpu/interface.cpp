@@ -2,7 +2,7 @@
 //
 // A call is an array of int64, made by __init__.py of this folder:
 //
-//     threads, past_caches, seed's address, stream, temperature's bits, stop_gradient, first_row,
+//     threads, past_caches, seed's address, stream, bits of temperature as a double, stop_gradient, first_row,
 //     number of inputs, number of outputs, number of leading dimensions n, n sizes, columns,
 //     and for each tensor: its address (0: none), dtype (0 float32, 1 bfloat16, 2 float16),
 //     and, if it is an input, its n + 1 strides.
@@ -60,8 +60,10 @@ struct Call {
     job.past_caches = read();
     job.seed = *(const uint64_t*)read();
     job.stream = (uint32_t)read();
-    const int32_t bits = (int32_t)read();
-    memcpy(&job.temperature, &bits, sizeof bits);
+    const int64_t bits = read();
+    double temperature;
+    memcpy(&temperature, &bits, sizeof bits);
+    job.temperature = (float)temperature;
     job.stop_gradient = read();
     job.first_row = read();
     job.inputs = (int)read();
@@ -115,6 +117,10 @@ struct Call {
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
+
+// Raised, here and in __init__.py, whenever the two sides of a call change: a library left over from older sources
+// is then refused instead of called with what it takes for something else.
+EXPORT int amvl_interface() { return 1; }
 
 // Use the named instructions (avx512, avx2, baseline), or the best that this processor has for a null name.
 // Returns 0 if it does not have them.

@@ -1,4 +1,5 @@
-// What the C interface (interface.cpp) and the kernels (one copy per instruction set) have in common.
+// What the C interface (interface.cpp) and the kernels (one copy per instruction set) have in common: data only. The
+// linker would take one instruction set's copy of an inline function for all of them.
 #pragma once
 
 #include <cstdint>
@@ -29,21 +30,6 @@ struct Job {
   float temperature;
   bool stop_gradient;
   bool past_caches;  // the outputs are larger than the caches
-
-  // How many columns a block from `start` on has.
-  int columns_from(int64_t start, int block) const {
-    return columns - start < block ? (int)(columns - start) : block;
-  }
-
-  // Where a row begins in each input.
-  void offsets(int64_t row, int64_t* offset) const {
-    for (int t = 0; t < inputs; t++) offset[t] = 0;
-    for (int dim = dims - 1; dim >= 0; dim--) {
-      const int64_t index = dim == 0 ? row : row % sizes[dim];
-      row = dim == 0 ? 0 : row / sizes[dim];
-      for (int t = 0; t < inputs; t++) offset[t] += index * strides[dim][t];
-    }
-  }
 };
 
 // Rows [first, last) of a job.

@@ -8,6 +8,29 @@
 
 namespace {
 
+// How many columns the block from `start` on has.
+INLINE int columns_from(const Job& job, int64_t start) {
+  return job.columns - start < BLOCK ? (int)(job.columns - start) : BLOCK;
+}
+
+// Where a row begins in each input.
+INLINE void row_offsets(const Job& job, int64_t row, int64_t* offset) {
+  for (int t = 0; t < job.inputs; t++) offset[t] = 0;
+  for (int dim = job.dims - 1; dim >= 0; dim--) {
+    const int64_t index = dim == 0 ? row : row % job.sizes[dim];
+    row = dim == 0 ? 0 : row / job.sizes[dim];
+    for (int t = 0; t < job.inputs; t++) offset[t] += index * job.strides[dim][t];
+  }
+}
+
+// One element of an input, which may stand at any address.
+template <typename T>
+INLINE T element(const T* data, int64_t index) {
+  T x;
+  memcpy(&x, data + index, sizeof x);
+  return x;
+}
+
 INLINE Word load_shorts(const uint16_t* from) {
   Short x;
   memcpy(&x, from, sizeof x);
@@ -26,10 +49,13 @@ INLINE Word to_bfloat16(Float x) {  // to nearest, ties to even
 }
 
 INLINE Float from_float16(Word x) {
-  const Word magnitude = (x & 0x7FFF) << 13;
-  // Multiplying by 2**112 moves the exponent's bias, and makes normal numbers of subnormal ones.
-  const Word finite = (Word)((Float)magnitude * 5.192296858534828e33f);
-  return (Float)(((x & 0x7C00) == 0x7C00 ? magnitude | 0x7F800000 : finite) | (x & 0x8000) << 16);
+  const Word exponent = x & 0x7C00, magnitude = (x & 0x7FFF) << 13;
+  const Word normal = magnitude + 0x38000000;  // moves the exponent's bias
+  // With its exponent the sum has an implicit 1, which the subtraction takes away again. No float32 here is itself
+  // subnormal: torch.set_flush_denormal would make it 0.
+  const Word subnormal = (Word)((Float)(magnitude + 0x38800000) - 6.103515625e-05f);
+  const Word finite = exponent == 0 ? subnormal : normal;
+  return (Float)((exponent == 0x7C00 ? magnitude | 0x7F800000 : finite) | (x & 0x8000) << 16);
 }
 
 INLINE Word to_float16(Float x) {  // to nearest, ties to even
@@ -51,7 +77,7 @@ struct Shorts {
       for (int i = 0; i < BLOCK; i += LANES) ::store(to + i, WIDEN(load_shorts(from + i)));
       return;
     }
-    for (int i = 0; i < count; i++) to[i] = WIDEN(all_words(from[i * stride]))[0];
+    for (int i = 0; i < count; i++) to[i] = WIDEN(all_words(element(from, i * stride)))[0];
   }
   static void write(const float* from, int count, uint16_t* to) {
     if (count == BLOCK) {
@@ -89,7 +115,7 @@ struct Source {
     } else if (dtype == DType::float16) {
       Float16::read((const uint16_t*)data + start, stride, count, buffer);
     } else {
-      for (int i = 0; i < count; i++) buffer[i] = ((const float*)data + start)[i * stride];
+      for (int i = 0; i < count; i++) buffer[i] = element((const float*)data, start + i * stride);
     }
     for (int i = count; i < BLOCK; i++) buffer[i] = 0;
   }
@@ -104,6 +130,7 @@ struct Sink {
   Sink(const View& view, int64_t row, const Job& job) : dtype(view.dtype) {
     const int64_t offset = row * job.columns * (dtype == DType::float32 ? 4 : 2);
     data = view.data ? (char*)view.data + offset : nullptr;
+    // Blocks are whole vectors, so what holds for a row's first column holds for each block's.
     past_caches = job.past_caches && (uintptr_t)data % sizeof(Float) == 0;
   }
 
@@ -111,7 +138,9 @@ struct Sink {
     if (!data) return;
     if (dtype == DType::float32 && count == BLOCK) {
       float* to = (float*)data + start;
-      for (int i = 0; i < 4; i++) past_caches ? store_past_caches(to + i * LANES, value[i]) : store(to + i * LANES, value[i]);
+      for (int i = 0; i < 4; i++) {
+        past_caches ? store_past_caches(to + i * LANES, value[i]) : store(to + i * LANES, value[i]);
+      }
       return;
     }
     float buffer[BLOCK];

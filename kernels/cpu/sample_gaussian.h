@@ -13,11 +13,11 @@ void sample(const Job& job, int64_t first, int64_t last) {
   int64_t offset[MAX_TENSORS];
   alignas(64) float buffers[2][BLOCK];
   for (int64_t row = first; row < last; row++) {
-    job.offsets(row, offset);
+    row_offsets(job, row, offset);
     const Source addend(job.tensors[0], offset[0]), logvar(job.tensors[1], offset[1]);
     const Sink out(job.tensors[2], row, job);
     for (int64_t start = 0; start < job.columns; start += BLOCK) {
-      const int count = job.columns_from(start, BLOCK);
+      const int count = columns_from(job, start);
       const float* a = addend.block(start, count, buffers[0]);
       const float* lv = logvar.block(start, count, buffers[1]);
       Float noise[4], value[4];

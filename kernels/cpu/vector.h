@@ -12,7 +12,7 @@
 #error "Pairs of words are taken apart in little-endian order."
 #endif
 
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -61,9 +61,6 @@ INLINE Float square_root(Float x) { return _mm512_sqrt_ps(x); }
 // The low halves multiplied to 64 bits; what stands in the high halves is ignored.
 INLINE Pair multiply_low_halves(Pair a, Pair b) { return (Pair)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
 
-// x * 2**n for whole n.
-INLINE Float scale(Float x, Float n) { return _mm512_scalef_ps(x, n); }
-
 // Past the caches, which saves reading the line that is about to be overwritten. `to` must be aligned.
 INLINE void store_past_caches(float* to, Float x) { _mm512_stream_ps(to, x); }
 INLINE void finish_stores() { _mm_sfence(); }
@@ -76,17 +73,7 @@ INLINE void transpose_quads(Float& a, Float& b, Float& c, Float& d) {
   c = (Float)_mm512_unpacklo_pd(ab_high, cd_high), d = (Float)_mm512_unpackhi_pd(ab_high, cd_high);
 }
 
-#else
-
-// x * 2**n for whole n, in two steps: 2**n may be no float32 though the product is.
-INLINE Float scale(Float x, Float n) {
-  // NaN is no integer; it comes through in x.
-  Int whole = __builtin_convertvector(at_least(-252.0f, at_most(254.0f, n == n ? n : Float{})), Int);
-  Int half = whole >> 1;
-  return x * as_float((half + 127) << 23) * as_float((whole - half + 127) << 23);
-}
-
-#if defined(__AVX2__)
+#elif defined(__AVX2__)
 
 INLINE Float square_root(Float x) { return _mm256_sqrt_ps(x); }
 INLINE Pair multiply_low_halves(Pair a, Pair b) { return (Pair)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
@@ -99,6 +86,14 @@ INLINE void transpose_quads(Float& a, Float& b, Float& c, Float& d) {
   a = (Float)_mm256_unpacklo_pd(ab_low, cd_low), b = (Float)_mm256_unpackhi_pd(ab_low, cd_low);
   c = (Float)_mm256_unpacklo_pd(ab_high, cd_high), d = (Float)_mm256_unpackhi_pd(ab_high, cd_high);
 }
+
+#elif defined(__SSE2__)
+
+INLINE Float square_root(Float x) { return _mm_sqrt_ps(x); }
+INLINE Pair multiply_low_halves(Pair a, Pair b) { return (Pair)_mm_mul_epu32((__m128i)a, (__m128i)b); }
+INLINE void store_past_caches(float* to, Float x) { _mm_stream_ps(to, x); }
+INLINE void finish_stores() { _mm_sfence(); }
+INLINE void transpose_quads(Float& a, Float& b, Float& c, Float& d) { _MM_TRANSPOSE4_PS(a, b, c, d); }
 
 #else  // any machine: left to the compiler
 
@@ -116,7 +111,6 @@ INLINE void transpose_quads(Float& a, Float& b, Float& c, Float& d) {
   for (int i = 0; i < 4; i++) a[i] = rows[i][0], b[i] = rows[i][1], c[i] = rows[i][2], d[i] = rows[i][3];
 }
 
-#endif
 #endif
 
 }  // namespace
