@@ -172,3 +172,21 @@ def test_second_derivatives_are_refused_by_kernels(backend, device):
     ]:
         with pytest.raises(AMVLError, match=f"{name}: the kernels give first derivatives only"):
             torch.autograd.grad(output.sum(), inputs[3], create_graph=True)
+
+
+def test_a_sign_that_pytorch_keeps_beside_the_memory(backend, device):
+    inputs = [t.detach() for t in leaves((3, 8), device)]
+    negated = [torch.complex(t, -t).conj().imag for t in inputs]
+    assert all(t.is_neg() for t in negated)
+    for op, count in [(amvl_fast.gaussian_dual_kl, 4), (amvl_fast.sample_gaussian, 2)]:
+        for views in (inputs, negated):
+            for t in views:
+                t.requires_grad_()
+        results = []
+        for views in (inputs[:count], negated[:count]):
+            out = op(*views, seed=0, backend=backend)
+            z = out if count == 2 else out.z
+            upstream = torch.complex(z.detach(), -z.detach()).conj().imag if views[0].is_neg() else z.detach()
+            results.append([z, *torch.autograd.grad(z, views[:2], upstream)])
+        for plain, signed in zip(*results, strict=True):
+            assert torch.equal(plain, signed)
