@@ -14,6 +14,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # The interpreter computes in NumPy, which warns where a GPU silently makes inf or NaN. Tests of overflows and NaN
+    # are to do that; and it warns of integers by other words ("in scalar add"), which are not ignored.
+    config.addinivalue_line(
+        "filterwarnings",
+        r"ignore:(overflow|invalid value) encountered in (add|subtract|multiply|cast):RuntimeWarning:"
+        r"triton\.runtime\.interpreter",
+    )
+
+
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where the kernels run here, or those of the backend that the test is parametrised with."""

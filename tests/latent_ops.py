@@ -37,6 +37,7 @@ def _parameter(backend: str):
 BACKENDS = [_parameter(name) for name in amvl_fast.ops.BACKENDS]
 # PyTorch sums in an order that depends on the shape; the kernels promise more, bit for bit.
 KERNELS = [_parameter(name) for name in amvl_fast.ops.BACKENDS if name != "torch"]
+CPU = [_parameter("cpu")]
 
 
 def device_for(backend: str | None) -> torch.device:

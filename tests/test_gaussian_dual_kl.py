@@ -10,11 +10,11 @@ import torch
 from latent_ops import (
     BACKENDS,
     BOUND,
+    CPU,
     INPUTS,
     KERNELS,
     NAMES,
     OUTPUTS,
-    closed_form,
     gradients,
     make_inputs,
     make_upstream,
@@ -23,7 +23,6 @@ from latent_ops import (
     true_noise,
     truth,
 )
-from torch.distributions import Normal, kl_divergence
 from torch.utils.checkpoint import checkpoint
 
 import amvl_fast
@@ -37,77 +36,6 @@ ROWS = ["forward_kl", "reverse_kl", "prior_mean", "prior_logvar"]  # what no noi
 def same_bits(a, b) -> bool:
     """Equal, and NaN equal to NaN."""
     return a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
-
-
-# --- the oracle and the formulas ---
-
-
-def test_oracle_is_torch_distributions():
-    mean_q, logvar_q, mean_p, logvar_p = (2 * t.detach().double() for t in make_inputs(shape=(5, 3, 16)))
-    noise = torch.randn(5, 3, 16, dtype=torch.float64)
-    q, p = Normal(mean_q, (logvar_q / 2).exp()), Normal(mean_p, (logvar_p / 2).exp())
-    out = oracle(mean_q, logvar_q, mean_p, logvar_p, noise)
-    torch.testing.assert_close(out.z, q.loc + q.scale * noise, rtol=1e-13, atol=0)
-    torch.testing.assert_close(out.forward_kl, kl_divergence(q, p).sum(-1), rtol=1e-12, atol=0)
-    torch.testing.assert_close(out.reverse_kl, kl_divergence(p, q).sum(-1), rtol=1e-12, atol=0)
-
-
-class ClosedForm(torch.autograd.Function):
-    """The formulas by which the kernels go backward, as a function for gradcheck."""
-
-    @staticmethod
-    def forward(ctx, mean_q, logvar_q, mean_p, logvar_p, noise, stop_gradient):
-        inputs = (mean_q, logvar_q, mean_p, logvar_p)
-        ctx.save_for_backward(*inputs, noise)
-        ctx.stop_gradient = stop_gradient
-        results = closed_form(inputs, noise, [None] * 3, stop_gradient)
-        return tuple(results[name].value for name in OUTPUTS)
-
-    @staticmethod
-    def backward(ctx, *upstream):
-        *inputs, noise = ctx.saved_tensors
-        results = closed_form(inputs, noise, upstream, ctx.stop_gradient)
-        return *(results[name].value for name in INPUTS), None, None
-
-
-def in_autograd(*leaves, stop_gradient):
-    return tuple(oracle(*leaves, stop_gradient=stop_gradient))
-
-
-def in_closed_form(*leaves, stop_gradient):
-    return ClosedForm.apply(*leaves, stop_gradient)
-
-
-@pytest.mark.parametrize("function", [in_autograd, in_closed_form])
-@pytest.mark.parametrize("stop_gradient", [True, False])
-def test_gradcheck(function, stop_gradient):
-    inputs = [t.detach().double().requires_grad_() for t in make_inputs(shape=(3, 5))]
-    noise = torch.randn(3, 5, dtype=torch.float64)
-    constants = [t.detach().clone() for t in inputs]
-
-    def stopped(*leaves):
-        """What the stops mean, said with constants: numeric differences would see through a detach."""
-        mean_q, logvar_q, mean_p, logvar_p = leaves
-        q, p = constants[:2], constants[2:]
-        z = function(*leaves, noise, stop_gradient=True)[0]
-        forward_kl = function(*q, mean_p, logvar_p, noise, stop_gradient=True)[1]
-        reverse_kl = function(mean_q, logvar_q, *p, noise, stop_gradient=True)[2]
-        return z, forward_kl, reverse_kl
-
-    def plain(*leaves):
-        return function(*leaves, noise, stop_gradient=False)
-
-    checked = stopped if stop_gradient else plain
-    assert torch.autograd.gradcheck(checked, inputs)
-    if function is in_autograd:
-        assert torch.autograd.gradgradcheck(checked, inputs)
-    # And the stops do what the constants say.
-    for output in range(3):
-        got = function(*inputs, noise, stop_gradient=stop_gradient)[output].sum()
-        right = checked(*inputs)[output].sum()
-        pair = [torch.autograd.grad(loss, inputs, materialize_grads=True) for loss in (got, right)]
-        for grad, expected in zip(*pair, strict=True):
-            torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-14)
 
 
 # --- any shape and any strides ---
@@ -306,21 +234,60 @@ def test_threads_change_nothing(device, backend):
             assert all(same_bits(value, alone[name]) for name, value in got.items())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-@pytest.mark.parametrize("index", range(4))
-def test_a_nan_stays_in_its_row(device, backend, index, value):
-    shape, row, column = (70, 9), 3, 7
+@pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("stop_gradient", [True, False])
+@pytest.mark.parametrize("columns", [1024, 1030])
+def test_outputs_past_the_caches(device, backend, stop_gradient, columns):
+    """Outputs of 8 MiB and more are stored by other instructions, which want memory aligned; that rows of 1024 are and
+    most rows of 1030 are not. A part of the rows, which is smaller, goes the usual way.
+    """
+    shape, part = (2200, columns), 450
     inputs, upstream = make_inputs(shape=shape, device=device), make_upstream(shape, device=device)
-    clean = run(backend, inputs, upstream, seed=0, stop_gradient=False)
+    whole = run(backend, inputs, upstream, seed=1, stop_gradient=stop_gradient)
+    assert whole["z"].nbytes >= 8 * 2**20 > 4 * whole["z"][:part].nbytes
+    assert not any(t.isnan().any() for t in whole.values())
+    cut = [[t.detach()[:part].requires_grad_(t.requires_grad) for t in ts] for ts in (inputs, upstream)]
+    got = run(backend, *cut, seed=1, stop_gradient=stop_gradient)
+    assert all(same_bits(got[name], whole[name][:part]) for name in NAMES)
+
+
+BAD = [float("nan"), float("inf"), -float("inf")]
+# One bad input, of each kind; and two at once, where infinities might cancel.
+BAD_PLACES = [{i: v} for i in range(4) for v in BAD]
+BAD_PLACES += [{i: v, j: w} for i, j in itertools.combinations(range(4), 2) for v in BAD[1:] for w in BAD[1:]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("stop_gradient", [True, False])
+def test_a_nan_stays_in_its_row(device, backend, stop_gradient):
+    """It is seen in that element of z and in both KLs, whatever it was; and other rows are what they were, their
+    gradients too, for any upstream gradients. What becomes of the gradients of its own row is left open.
+    """
+    # Elsewhere than under the interpreter, rows of a whole vector and a part of one.
+    shape = (2 * len(BAD_PLACES), 9 if backend == "triton" else 70)
+    inputs, upstream = make_inputs(shape=shape, device=device), make_upstream(shape, device=device)
     dirty_inputs = [t.detach().clone() for t in inputs]
-    dirty_inputs[index][row, column] = float(value)
-    dirty = run(backend, [t.requires_grad_() for t in dirty_inputs], upstream, seed=0, stop_gradient=False)
-    for name in NAMES:
-        hit = torch.zeros_like(clean[name], dtype=torch.bool)
-        hit[(row,) if name.endswith("kl") else (row, column)] = True
-        assert dirty[name][hit].isnan().all(), name
-        assert same_bits(dirty[name][~hit], clean[name][~hit]), name
+    hit = torch.zeros(shape, dtype=torch.bool)
+    for place, bad in enumerate(BAD_PLACES):
+        row, column = 2 * place, place % shape[1]  # with good rows between
+        hit[row, column] = True
+        for index, value in bad.items():
+            dirty_inputs[index][row, column] = value
+    hit = hit.to(device)
+    options = {"seed": 0, "stop_gradient": stop_gradient, "backend": backend}
+    dirty_inputs = [t.requires_grad_() for t in dirty_inputs]
+    clean, dirty = (amvl_fast.gaussian_dual_kl(*leaves, **options) for leaves in (inputs, dirty_inputs))
+    for good, got, where in zip(clean, dirty, [hit, hit.any(-1), hit.any(-1)], strict=True):
+        assert got[where].isnan().all()
+        assert same_bits(got[~where], good[~where])
+    others = ~hit.any(-1)
+    for used in [u for k in range(1, 4) for u in itertools.combinations(range(3), k)]:
+        chosen = [w if i in used else None for i, w in enumerate(upstream)]
+        good, got = (
+            gradients(outputs, leaves, chosen, retain_graph=True)
+            for outputs, leaves in ((clean, inputs), (dirty, dirty_inputs))
+        )
+        assert all(same_bits(got[name][others], good[name][others]) for name in INPUTS), used
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -5,11 +5,12 @@ import importlib
 import pytest
 import torch
 from latent_ops import BACKENDS as PARAMETERS
-from latent_ops import KERNELS, Z_BOUND, relative_error, true_noise, ulp
+from latent_ops import KERNELS, Z_BOUND, device_for, relative_error, true_noise, ulp
 
 import amvl_fast
 from amvl_fast.errors import AMVLError
 from amvl_fast.ops import BACKENDS, backend_status, backends
+from amvl_fast.ops.arguments import seed_tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -142,12 +143,15 @@ X = torch.zeros(2, 3)
         (lambda: amvl_fast.sample_gaussian(X, X, seed=2**63), "does not fit 64 bits"),
         (lambda: amvl_fast.sample_gaussian(X, X, seed=torch.zeros(2, dtype=torch.int64)), r"shape \[2\]"),
         (lambda: amvl_fast.sample_gaussian(X, X, seed=torch.zeros(1)), "seed is a torch.float32"),
+        (lambda: amvl_fast.sample_gaussian(X, X, seed=True), "seed is True"),
         (lambda: amvl_fast.sample_gaussian(X, X, stream=-1), "stream is -1"),
+        (lambda: amvl_fast.sample_gaussian(X, X, stream=2**32), "stream is 4294967296"),
+        (lambda: amvl_fast.sample_gaussian(X, X, stream=True), "stream is True"),
         (lambda: amvl_fast.gaussian_noise((), 0), r"shape is \[\]"),
         (lambda: amvl_fast.gaussian_noise((2, -1), 0), r"shape is \[2, -1\]"),
         (lambda: amvl_fast.sample_gaussian(X, X, backend="numpy"), "'triton', .*'torch'"),
         (
-            lambda: amvl_fast.gaussian_dual_kl(*[X.double()] * 4, backend="triton"),
+            lambda: amvl_fast.gaussian_dual_kl(*[X.double().to(device_for("triton"))] * 4, backend="triton"),
             r"torch\.float64: use backend='torch'",
         ),
     ],
@@ -157,6 +161,12 @@ def test_bad_arguments_get_one_sentence(call, message):
         call()
     assert str(error.value).endswith(".")
     assert "\n" not in str(error.value)
+
+
+def test_a_drawn_seed_has_many_bits():
+    seeds = [seed_tensor("op", None, torch.device("cpu")).item() for _ in range(100)]
+    assert max(seeds) > 2**62
+    assert len({seed % 2**32 for seed in seeds}) == 100
 
 
 @pytest.fixture

@@ -17,28 +17,37 @@ def block_rows(BLOCK_ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def row_offset(row, inner, strides, ALIGN: tl.constexpr, WIDTH: tl.constexpr):
-    """Where rows begin in a tensor of the given (outer, inner, column) strides, a multiple of ALIGN."""
+def widen(index, WIDTH: tl.constexpr):
+    """The index in the type of offsets; before any multiplication, for products are what overflows."""
+    return tl.to_tensor(index).to(tl.int64) if WIDTH > 0 else index
+
+
+@triton.jit
+def row_offset(row, inner, strides, WIDTH: tl.constexpr):
+    """Where rows begin in a tensor of the given (outer, inner, column) strides."""
     if inner is None:
         offset = widen(row, WIDTH) * strides[1]
     else:
         # Rows are never negative, and an unsigned division is shorter.
         outer = (row.to(tl.uint32) // inner.to(tl.uint32)).to(tl.int32) if WIDTH < 2 else row // inner
         offset = widen(outer, WIDTH) * strides[0] + widen(row - outer * inner, WIDTH) * strides[1]
-    return tl.multiple_of(offset, ALIGN)
+    return offset
 
 
 @triton.jit
-def widen(index, WIDTH: tl.constexpr):
-    """The index in the type of offsets; before any multiplication, for products are what overflows."""
-    return index.to(tl.int64) if WIDTH > 0 else index
+def load(pointer, offset, start, strides, mask, ALIGN: tl.constexpr, WIDTH: tl.constexpr):
+    """A `[rows, columns]` block from column `start`, as it is in memory; `part` casts it.
 
-
-@triton.jit
-def load(pointer, offset, column, strides, mask, WIDTH: tl.constexpr):
-    """A `[rows, columns]` block as it is in memory; `part` casts it."""
-    where = offset[:, None] + widen(column, WIDTH)[None, :] * strides[2]
-    return tl.load(pointer + where, mask=mask, other=0.0)
+    Rows begin at multiples of ALIGN bytes, or ALIGN is 0: columns lie apart. Where they do not, only a row's
+    pointer moves with `start`. What it takes from there to a column is no register but part of the instruction.
+    """
+    column = tl.arange(0, mask.shape[1])
+    if ALIGN == 0:
+        first = offset + widen(start, WIDTH) * strides[2]
+        where = pointer + (first[:, None] + (widen(column, WIDTH) * strides[2])[None, :])
+    else:
+        where = tl.multiple_of(pointer + (offset + start), ALIGN)[:, None] + column[None, :]
+    return tl.load(where, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -69,21 +78,29 @@ def append(block, value, dtype: tl.constexpr):
 
 
 @triton.jit
+def sum_of_fours(block):
+    """Sums of four columns each, mostly of one thread: fewer registers to carry on."""
+    ROWS: tl.constexpr = block.shape[0]
+    COLUMNS: tl.constexpr = block.shape[1]
+    return tl.sum(tl.reshape(block, [ROWS, COLUMNS // 4, 4]), axis=2)
+
+
+@triton.jit
 def load_row(pointer, row, inner, strides, rows, WIDTH: tl.constexpr):
     """One number for each row, `[rows, 1]` in float32; None for None."""
     value = None
     if pointer is not None:
-        where = row_offset(row, inner, strides, 1, WIDTH)
+        where = row_offset(row, inner, strides, WIDTH)
         value = tl.load(pointer + where, mask=row < rows, other=0.0).to(tl.float32)[:, None]
     return value
 
 
 @triton.jit
-def store(pointer, row, column, value, mask, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+def store(pointer, row, start, value, mask, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
     """Write a `[rows, columns]` block of a contiguous tensor, in its own dtype."""
     if pointer is not None:
-        where = widen(row, WIDTH)[:, None] * COLUMNS + column[None, :]
-        tl.store(pointer + where, value, mask=mask)
+        where = (pointer + (widen(row, WIDTH) * COLUMNS + start))[:, None] + tl.arange(0, mask.shape[1])[None, :]
+        tl.store(where, value, mask=mask)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import add, append, append_gradient, block_rows, load, load_row, part, row_offset, store
+from .blocks import add, append, append_gradient, block_rows, load, load_row, part, row_offset, store, sum_of_fours
 from .exponential import exp_half_both_ways, exp_minus_half, half_expm1_and_phi, limit, subtract
 from .layout import on_device_of, plan
 from .philox import philox_normal
@@ -63,21 +63,21 @@ def gaussian_dual_kl_forward_kernel(
     PARTS: tl.constexpr,
 ):
     row = block_rows(BLOCK_ROWS, WIDTH)
-    mean_q_offset = row_offset(row, inner, mean_q_strides, ALIGN, WIDTH)
-    logvar_q_offset = row_offset(row, inner, logvar_q_strides, ALIGN, WIDTH)
-    mean_p_offset = row_offset(row, inner, mean_p_strides, ALIGN, WIDTH)
-    logvar_p_offset = row_offset(row, inner, logvar_p_strides, ALIGN, WIDTH)
-    # Summed over columns only at the end: inside the loop that would make the warps wait for each other.
-    forward_sum = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS // PARTS], tl.float32)
-    reverse_sum = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS // PARTS], tl.float32)
-    for start in range(0, COLUMNS, BLOCK_COLUMNS):
+    mean_q_offset = row_offset(row, inner, mean_q_strides, WIDTH)
+    logvar_q_offset = row_offset(row, inner, logvar_q_strides, WIDTH)
+    mean_p_offset = row_offset(row, inner, mean_p_strides, WIDTH)
+    logvar_p_offset = row_offset(row, inner, logvar_p_strides, WIDTH)
+    # Summed over all columns only at the end: inside the loop that would make the warps wait for each other.
+    forward_sum = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS // PARTS // 4], tl.float32)
+    reverse_sum = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS // PARTS // 4], tl.float32)
+    for start in tl.range(0, COLUMNS, BLOCK_COLUMNS, loop_unroll_factor=1, disable_licm=True):
         column = start + tl.arange(0, BLOCK_COLUMNS)
         # Masked elements are loaded as 0, which makes every term of both sums exactly 0.
         mask = (row < rows)[:, None] & (column < COLUMNS)[None, :]
-        mean_q_block = load(mean_q, mean_q_offset, column, mean_q_strides, mask, WIDTH)
-        logvar_q_block = load(logvar_q, logvar_q_offset, column, logvar_q_strides, mask, WIDTH)
-        mean_p_block = load(mean_p, mean_p_offset, column, mean_p_strides, mask, WIDTH)
-        logvar_p_block = load(logvar_p, logvar_p_offset, column, logvar_p_strides, mask, WIDTH)
+        mean_q_block = load(mean_q, mean_q_offset, start, mean_q_strides, mask, ALIGN[0], WIDTH)
+        logvar_q_block = load(logvar_q, logvar_q_offset, start, logvar_q_strides, mask, ALIGN[1], WIDTH)
+        mean_p_block = load(mean_p, mean_p_offset, start, mean_p_strides, mask, ALIGN[2], WIDTH)
+        logvar_p_block = load(logvar_p, logvar_p_offset, start, logvar_p_strides, mask, ALIGN[3], WIDTH)
         z_block = None
         for i in tl.static_range(PARTS):
             noise = philox_normal(tl.load(seed), STREAM, row, start + 4 * i, BLOCK_ROWS, BLOCK_COLUMNS // PARTS, PARTS)
@@ -91,9 +91,9 @@ def gaussian_dual_kl_forward_kernel(
             u_p = diff * exp_minus_half(lp)
             delta, remainder = subtract(lp, lq)
             _, half_phi, _, half_phi_minus = half_expm1_and_phi(delta, remainder)
-            forward_sum += half_phi_minus + 0.5 * u_p * u_p
-            reverse_sum += half_phi + 0.5 * u_q * u_q
-        store(z, row, column, z_block, mask, COLUMNS, WIDTH)
+            forward_sum += sum_of_fours(half_phi_minus + 0.5 * u_p * u_p)
+            reverse_sum += sum_of_fours(half_phi + 0.5 * u_q * u_q)
+        store(z, row, start, z_block, mask, COLUMNS, WIDTH)
     tl.store(forward_kl + row, tl.sum(forward_sum, axis=1), mask=row < rows)
     tl.store(reverse_kl + row, tl.sum(reverse_sum, axis=1), mask=row < rows)
 
@@ -132,22 +132,22 @@ def gaussian_dual_kl_backward_kernel(
     # A gradient that is None, upstream or because nobody asked for it, is left out at compile time, and with
     # it whatever only it needs, loads included.
     row = block_rows(BLOCK_ROWS, WIDTH)
-    mean_q_offset = row_offset(row, inner, mean_q_strides, ALIGN, WIDTH)
-    logvar_q_offset = row_offset(row, inner, logvar_q_strides, ALIGN, WIDTH)
-    mean_p_offset = row_offset(row, inner, mean_p_strides, ALIGN, WIDTH)
-    logvar_p_offset = row_offset(row, inner, logvar_p_strides, ALIGN, WIDTH)
-    grad_z_offset = row_offset(row, inner, grad_z_strides, ALIGN, WIDTH)
+    mean_q_offset = row_offset(row, inner, mean_q_strides, WIDTH)
+    logvar_q_offset = row_offset(row, inner, logvar_q_strides, WIDTH)
+    mean_p_offset = row_offset(row, inner, mean_p_strides, WIDTH)
+    logvar_p_offset = row_offset(row, inner, logvar_p_strides, WIDTH)
+    grad_z_offset = row_offset(row, inner, grad_z_strides, WIDTH)
     forward_weight = load_row(grad_forward_kl, row, inner, grad_forward_kl_strides, rows, WIDTH)
     reverse_weight = load_row(grad_reverse_kl, row, inner, grad_reverse_kl_strides, rows, WIDTH)
-    for start in range(0, COLUMNS, BLOCK_COLUMNS):
+    for start in tl.range(0, COLUMNS, BLOCK_COLUMNS, loop_unroll_factor=1, disable_licm=True):
         column = start + tl.arange(0, BLOCK_COLUMNS)
         mask = (row < rows)[:, None] & (column < COLUMNS)[None, :]
-        mean_q_block = load(mean_q, mean_q_offset, column, mean_q_strides, mask, WIDTH)
-        logvar_q_block = load(logvar_q, logvar_q_offset, column, logvar_q_strides, mask, WIDTH)
-        mean_p_block = load(mean_p, mean_p_offset, column, mean_p_strides, mask, WIDTH)
-        logvar_p_block = load(logvar_p, logvar_p_offset, column, logvar_p_strides, mask, WIDTH)
+        mean_q_block = load(mean_q, mean_q_offset, start, mean_q_strides, mask, ALIGN[0], WIDTH)
+        logvar_q_block = load(logvar_q, logvar_q_offset, start, logvar_q_strides, mask, ALIGN[1], WIDTH)
+        mean_p_block = load(mean_p, mean_p_offset, start, mean_p_strides, mask, ALIGN[2], WIDTH)
+        logvar_p_block = load(logvar_p, logvar_p_offset, start, logvar_p_strides, mask, ALIGN[3], WIDTH)
         if grad_z is not None:
-            grad_z_block = load(grad_z, grad_z_offset, column, grad_z_strides, mask, WIDTH)
+            grad_z_block = load(grad_z, grad_z_offset, start, grad_z_strides, mask, ALIGN[4], WIDTH)
         mean_q_grad, logvar_q_grad, mean_p_grad, logvar_p_grad = None, None, None, None
         for i in tl.static_range(PARTS):
             mq, lq = part(mean_q_block, i, PARTS), part(logvar_q_block, i, PARTS)
@@ -188,10 +188,10 @@ def gaussian_dual_kl_backward_kernel(
             mean_p_grad = append_gradient(grad_mean_p, mean_p_grad, to_mean_p, mq.shape)
             logvar_p_grad = append_gradient(grad_logvar_p, logvar_p_grad, to_logvar_p, mq.shape)
 
-        store(grad_mean_q, row, column, mean_q_grad, mask, COLUMNS, WIDTH)
-        store(grad_logvar_q, row, column, logvar_q_grad, mask, COLUMNS, WIDTH)
-        store(grad_mean_p, row, column, mean_p_grad, mask, COLUMNS, WIDTH)
-        store(grad_logvar_p, row, column, logvar_p_grad, mask, COLUMNS, WIDTH)
+        store(grad_mean_q, row, start, mean_q_grad, mask, COLUMNS, WIDTH)
+        store(grad_logvar_q, row, start, logvar_q_grad, mask, COLUMNS, WIDTH)
+        store(grad_mean_p, row, start, mean_p_grad, mask, COLUMNS, WIDTH)
+        store(grad_logvar_p, row, start, logvar_p_grad, mask, COLUMNS, WIDTH)
 
 
 def gaussian_dual_kl_forward(

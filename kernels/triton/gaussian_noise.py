@@ -23,11 +23,11 @@ def gaussian_noise_kernel(
     PARTS: tl.constexpr,
 ):
     row = block_rows(BLOCK_ROWS, WIDTH)
-    for start in range(0, COLUMNS, BLOCK_COLUMNS):
+    for start in tl.range(0, COLUMNS, BLOCK_COLUMNS, loop_unroll_factor=1, disable_licm=True):
         column = start + tl.arange(0, BLOCK_COLUMNS)
         mask = (row < rows)[:, None] & (column < COLUMNS)[None, :]
         noise = philox_normal(tl.load(seed), stream, row, start, BLOCK_ROWS, BLOCK_COLUMNS)
-        store(out, row, column, noise, mask, COLUMNS, WIDTH)
+        store(out, row, start, noise, mask, COLUMNS, WIDTH)
 
 
 def gaussian_noise(out: Tensor, seed: Tensor, stream: int) -> None:

@@ -75,32 +75,51 @@ class Block(NamedTuple):
     warps: int
 
 
-def block_for(columns: int, itemsize: int) -> Block:
-    """The static rule for blocks, from the width of a row and the widest element among the tensors.
+def block_for(columns: int, itemsize: int, vector: int) -> Block:
+    """The static rule for blocks, made so that no kernel needs more than 64 registers a thread on sm_90.
 
     A thread takes 16 bytes of each tensor, the most that one instruction moves: 4 columns in float32, 8 in
     the narrow types, whole Philox counters either way. More would cost registers, and with them the threads
-    that hide the latency of memory. A program has at least 4 warps and as many as its row can use, up to 8,
-    so that few wide rows still occupy the GPU; narrow rows share a warp.
+    that hide the latency of memory. So would 8 columns where they cannot be read at once from every tensor:
+    there a thread takes 4 in every dtype.
 
-    A row that would pad a power of two badly, or is too wide for one step, is walked in steps: of those that
-    pad it least the widest, and no narrower than what a warp reads at once. What it carries from step to
-    step takes registers, so there a thread has 4 columns in every dtype, as where 8 would not be aligned.
+    A program has at least 4 warps, so that few wide rows still occupy the GPU, and one for each 128 columns
+    of its row up to 8; narrow rows share a warp.
+
+    A row that is too wide for one step, or would pad a power of two badly, is walked in steps: of those that
+    pad it least the widest. What it carries along takes registers. So it has its program to itself, for
+    pointers into several rows would be several times as many; and a thread has 4 columns, 8 bytes in the
+    narrow types, for with 8 the backward needs 69 to 107 registers. The 32 threads of a warp still move 256
+    bytes in a row. Steps have at least 2 warps: with 1 the programs that fit on a multiprocessor, at most
+    32, would leave half of it empty.
 
     The number of rows has no say, so a row's sum is made in the same order whatever it is launched with.
+
+    Args:
+        columns: the width of a row.
+        itemsize: of the widest element among the tensors.
+        vector: how many columns side by side can be read at once from each tensor.
     """
     padded = triton.next_power_of_2(columns)
-    per_thread = 8 if itemsize == 2 and columns % 8 == 0 else 4
-    walked = padded > 256 * per_thread or (padded > 32 * per_thread and 4 * columns < 3 * padded)
-    if walked:
-        per_thread = 4
-    warp = 32 * per_thread
-    warps = min(max(padded // warp, 4), 8)
+    if padded > 1024 or (padded > 512 and 4 * columns < 3 * padded):
+        step = min((256, 512, 1024), key=lambda step: (-columns % step, -step))
+        return Block(1, step, 4, step // 128)
+    per_thread = 8 if itemsize == 2 and vector == 8 else 4
     step = max(padded, per_thread)
-    if walked:
-        steps = [warp << i for i in range(4) if warp << i <= padded]
-        step = min(steps, key=lambda step: (-columns % step, -step))
-    return Block(warps * warp // step, step, per_thread, warps)
+    warps = min(max(padded // 128, 4), 8)
+    return Block(warps * 32 * per_thread // step, step, per_thread, warps)
+
+
+def alignment(tensor: Tensor) -> int:
+    """The bytes, up to 16, of which every row of a tensor begins at a multiple; 0 where columns lie apart.
+
+    A tensor's single row counts as one of many: it must not look better aligned than its neighbours, and be
+    summed in another order than among them.
+    """
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        return 0
+    steps = (*tensor.stride()[:-1], tensor.shape[-1])
+    return math.gcd(16, tensor.data_ptr(), *(step * tensor.element_size() for step in steps))
 
 
 def width_of(rows: Rows, columns: int) -> int:
@@ -145,12 +164,13 @@ def plan(
     # Seen as [..., d] like the rest, the weights fold into rows together with everything else.
     rows = as_rows(shape, [*inputs, *(None if w is None else w.unsqueeze(-1).expand(shape) for w in weights)])
     columns = shape[-1]
-    block = block_for(columns, max(tensor.element_size() for tensor in full))
-    # Triton sees for itself that a stride is a multiple of 16, but a width like 1000 keeps 16 bytes aligned, too.
-    align = math.gcd(16, columns, *(stride for strides in rows.strides[: len(inputs)] for stride in strides[:2]))
+    itemsize = max(tensor.element_size() for tensor in full)
+    vector = min(alignment(tensor) // tensor.element_size() for tensor in full)
+    block = block_for(columns, itemsize, vector)
+    read = rows.tensors[: len(inputs)]
     options = {
         "COLUMNS": columns,
-        "ALIGN": align,
+        "ALIGN": tuple(0 if tensor is None else alignment(tensor) for tensor in read),
         "WIDTH": width_of(rows, columns),
         "BLOCK_ROWS": block.rows,
         "BLOCK_COLUMNS": block.columns,
