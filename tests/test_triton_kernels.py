@@ -144,18 +144,18 @@ def test_blocks(columns, itemsize, vector):
     assert block.rows * block.columns == threads * block.per_thread
     assert block.rows & (block.rows - 1) == block.columns & (block.columns - 1) == 0
     assert block.columns >= block.per_thread
-    walked = columns > block.columns
-    assert block.per_thread == (8 if itemsize == 2 and vector == 8 and not walked else 4)
-    assert block.warps >= (2 if walked else 4)
-    assert block.rows == 1 or not walked
-    if columns > 512:  # short rows pad up to a power of two, long ones by less than half
+    assert block.per_thread == (8 if itemsize == 2 and vector == 8 else 4)
+    cut = columns > block.columns
+    assert block.warps >= (2 if cut else 4)
+    assert block.rows == 1 or not cut
+    if cut:  # what is not pads up to a power of two
         assert -columns % block.columns < columns / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("columns", [1, 3, 8, 40, 129, 520, 2056])
 def test_every_width_is_right(device, dtype, columns):
-    """Rows that share a warp, fill a block, or are walked in steps; 4 and 8 columns to a thread."""
+    """Rows that share a warp, fill a block, or are cut into pieces; 4 and 8 columns to a thread."""
     inputs = inputs_of("contiguous", (2, 3, columns), dtype, device)
     noise = amvl_fast.gaussian_noise((2, 3, columns), 3).double()
     right = amvl_fast.reference.gaussian_dual_kl(*(t.double().cpu() for t in inputs), noise)

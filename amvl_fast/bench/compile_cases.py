@@ -22,8 +22,8 @@ DTYPES = {
 }
 PURE_DTYPES = ("float32", "bfloat16", "float16")
 
-# Tiles of several rows, exact tiles, tiles with a masked tail, and rows walked in steps, even and uneven. The rule for
-# blocks knows no others; widths between these differ in constants only, and are left out.
+# Blocks of several rows, exact blocks, blocks with a masked tail, and rows cut into pieces, even and uneven. The rule
+# for blocks knows no others; widths between these differ in constants only, and are left out.
 WIDTHS = (1, 7, 64, 100, 512, 600, 1000, 1029, 2048, 3000, 8192)
 COMMON_WIDTHS = (64, 512, 2048)
 

@@ -67,7 +67,7 @@ def summary(rows: Sequence[Row]) -> str:
     lines = []
     for target in dict.fromkeys(row["target"] for row in rows):
         mine = [row for row in rows if row["target"] == target]
-        aligned = [row for row in mine if row["aligned"] and (row["steps"] == 1 or row["dtypes"] == "float32")]
+        aligned = [row for row in mine if row["aligned"]]
         lines.append([
             target,
             len(mine),
@@ -81,7 +81,7 @@ def summary(rows: Sequence[Row]) -> str:
     note = (
         "\noccupancy: share of warps that registers leave room for. 128-bit: the share of latent tensors' bytes that\n"
         "128-bit instructions move, where rows begin at multiples of 16 bytes; with mixed dtypes a thread takes 16\n"
-        "bytes of the widest and less of the others. Left out: narrow rows walked in steps, at 64 bits a thread.\n"
+        "bytes of the widest and less of the others.\n"
         "On AMD, whose wavefronts have 64 threads, a thread has half as many columns: see compile.csv."
     )
     return grid(header, lines) + note

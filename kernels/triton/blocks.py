@@ -17,6 +17,26 @@ def block_rows(BLOCK_ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def block_start(COLUMNS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """This program's first column, of a tiled kernel; a constant where there is but one block of them."""
+    start = 0
+    if COLUMNS > BLOCK_COLUMNS:
+        start = tl.program_id(1) * BLOCK_COLUMNS
+    return start
+
+
+@triton.jit
+def block_mask(row, rows, start, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """Which elements of a block there are. What is known when compiling costs no comparison."""
+    mask = tl.full([BLOCK_ROWS, BLOCK_COLUMNS], True, tl.int1)
+    if BLOCK_ROWS > 1:  # or the grid has a program for each row and no more
+        mask = mask & (row < rows)[:, None]
+    if COLUMNS % BLOCK_COLUMNS != 0:
+        mask = mask & (start + tl.arange(0, BLOCK_COLUMNS) < COLUMNS)[None, :]
+    return mask
+
+
+@triton.jit
 def widen(index, WIDTH: tl.constexpr):
     """The index in the type of offsets; before any multiplication, for products are what overflows."""
     return tl.to_tensor(index).to(tl.int64) if WIDTH > 0 else index

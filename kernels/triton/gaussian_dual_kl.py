@@ -20,7 +20,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import add, append, append_gradient, block_rows, load, load_row, part, row_offset, store, sum_of_fours
+from .blocks import (
+    add,
+    append,
+    append_gradient,
+    block_mask,
+    block_rows,
+    block_start,
+    load,
+    load_row,
+    part,
+    row_offset,
+    store,
+    sum_of_fours,
+)
 from .exponential import exp_half_both_ways, exp_minus_half, half_expm1_and_phi, limit, subtract
 from .layout import on_device_of, plan
 from .philox import philox_normal
@@ -71,9 +84,8 @@ def gaussian_dual_kl_forward_kernel(
     forward_sum = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS // PARTS // 4], tl.float32)
     reverse_sum = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS // PARTS // 4], tl.float32)
     for start in tl.range(0, COLUMNS, BLOCK_COLUMNS, loop_unroll_factor=1, disable_licm=True):
-        column = start + tl.arange(0, BLOCK_COLUMNS)
         # Masked elements are loaded as 0, which makes every term of both sums exactly 0.
-        mask = (row < rows)[:, None] & (column < COLUMNS)[None, :]
+        mask = block_mask(row, rows, start, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
         mean_q_block = load(mean_q, mean_q_offset, start, mean_q_strides, mask, ALIGN[0], WIDTH)
         logvar_q_block = load(logvar_q, logvar_q_offset, start, logvar_q_strides, mask, ALIGN[1], WIDTH)
         mean_p_block = load(mean_p, mean_p_offset, start, mean_p_strides, mask, ALIGN[2], WIDTH)
@@ -139,59 +151,61 @@ def gaussian_dual_kl_backward_kernel(
     grad_z_offset = row_offset(row, inner, grad_z_strides, WIDTH)
     forward_weight = load_row(grad_forward_kl, row, inner, grad_forward_kl_strides, rows, WIDTH)
     reverse_weight = load_row(grad_reverse_kl, row, inner, grad_reverse_kl_strides, rows, WIDTH)
-    for start in tl.range(0, COLUMNS, BLOCK_COLUMNS, loop_unroll_factor=1, disable_licm=True):
-        column = start + tl.arange(0, BLOCK_COLUMNS)
-        mask = (row < rows)[:, None] & (column < COLUMNS)[None, :]
-        mean_q_block = load(mean_q, mean_q_offset, start, mean_q_strides, mask, ALIGN[0], WIDTH)
-        logvar_q_block = load(logvar_q, logvar_q_offset, start, logvar_q_strides, mask, ALIGN[1], WIDTH)
-        mean_p_block = load(mean_p, mean_p_offset, start, mean_p_strides, mask, ALIGN[2], WIDTH)
-        logvar_p_block = load(logvar_p, logvar_p_offset, start, logvar_p_strides, mask, ALIGN[3], WIDTH)
+    start = block_start(COLUMNS, BLOCK_COLUMNS)
+    mask = block_mask(row, rows, start, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+    mean_q_block = load(mean_q, mean_q_offset, start, mean_q_strides, mask, ALIGN[0], WIDTH)
+    logvar_q_block = load(logvar_q, logvar_q_offset, start, logvar_q_strides, mask, ALIGN[1], WIDTH)
+    mean_p_block = load(mean_p, mean_p_offset, start, mean_p_strides, mask, ALIGN[2], WIDTH)
+    logvar_p_block = load(logvar_p, logvar_p_offset, start, logvar_p_strides, mask, ALIGN[3], WIDTH)
+    if grad_z is not None:
+        grad_z_block = load(grad_z, grad_z_offset, start, grad_z_strides, mask, ALIGN[4], WIDTH)
+    mean_q_grad, logvar_q_grad, mean_p_grad, logvar_p_grad = None, None, None, None
+    for i in tl.static_range(PARTS):
+        if i > 0 and COLUMNS > BLOCK_COLUMNS:
+            # Nothing to wait for; but here the assembler would mix the two parts, and need registers for both.
+            tl.debug_barrier()
+        mq, lq = part(mean_q_block, i, PARTS), part(logvar_q_block, i, PARTS)
+        mp, lp = part(mean_p_block, i, PARTS), part(logvar_p_block, i, PARTS)
+        diff, _ = gap_and_poison(mq, lq, mp, lp)
+        deviation, inverse_q = exp_half_both_ways(lq)
+
+        to_mean_q, to_logvar_q, to_mean_p, to_logvar_p = None, None, None, None
         if grad_z is not None:
-            grad_z_block = load(grad_z, grad_z_offset, start, grad_z_strides, mask, ALIGN[4], WIDTH)
-        mean_q_grad, logvar_q_grad, mean_p_grad, logvar_p_grad = None, None, None, None
-        for i in tl.static_range(PARTS):
-            mq, lq = part(mean_q_block, i, PARTS), part(logvar_q_block, i, PARTS)
-            mp, lp = part(mean_p_block, i, PARTS), part(logvar_p_block, i, PARTS)
-            diff, _ = gap_and_poison(mq, lq, mp, lp)
-            deviation, inverse_q = exp_half_both_ways(lq)
-
-            to_mean_q, to_logvar_q, to_mean_p, to_logvar_p = None, None, None, None
-            if grad_z is not None:
-                to_mean_q = part(grad_z_block, i, PARTS)
-                if grad_logvar_q is not None:
-                    noise = philox_normal(
-                        tl.load(seed), STREAM, row, start + 4 * i, BLOCK_ROWS, BLOCK_COLUMNS // PARTS, PARTS
-                    )
-                    to_logvar_q = 0.5 * to_mean_q * (deviation * noise)
-            delta, remainder = subtract(lp, lq)
-            half_expm1, _, half_expm1_minus, _ = half_expm1_and_phi(delta, remainder)
-            if forward_weight is not None:
-                inverse_p = exp_minus_half(lp)
-                u_p = diff * inverse_p
-                slope = forward_weight * u_p * inverse_p
-                to_mean_p = -slope
-                to_logvar_p = -forward_weight * (half_expm1_minus + 0.5 * u_p * u_p)
-                if not STOP_GRADIENT:
-                    to_mean_q = add(to_mean_q, slope)
-                    to_logvar_q = add(to_logvar_q, forward_weight * half_expm1_minus)
-            if reverse_weight is not None:
-                inverse_q = limit(inverse_q)
-                u_q = diff * inverse_q
-                slope = reverse_weight * u_q * inverse_q
+            to_mean_q = part(grad_z_block, i, PARTS)
+            if grad_logvar_q is not None:
+                noise = philox_normal(
+                    tl.load(seed), STREAM, row, start + 4 * i, BLOCK_ROWS, BLOCK_COLUMNS // PARTS, PARTS
+                )
+                to_logvar_q = 0.5 * to_mean_q * (deviation * noise)
+        delta, remainder = subtract(lp, lq)
+        half_expm1, _, half_expm1_minus, _ = half_expm1_and_phi(delta, remainder)
+        if forward_weight is not None:
+            inverse_p = exp_minus_half(lp)
+            u_p = diff * inverse_p
+            slope = forward_weight * u_p * inverse_p
+            to_mean_p = -slope
+            to_logvar_p = -forward_weight * (half_expm1_minus + 0.5 * u_p * u_p)
+            if not STOP_GRADIENT:
                 to_mean_q = add(to_mean_q, slope)
-                to_logvar_q = add(to_logvar_q, -reverse_weight * (half_expm1 + 0.5 * u_q * u_q))
-                if not STOP_GRADIENT:
-                    to_mean_p = add(to_mean_p, -slope)
-                    to_logvar_p = add(to_logvar_p, reverse_weight * half_expm1)
-            mean_q_grad = append_gradient(grad_mean_q, mean_q_grad, to_mean_q, mq.shape)
-            logvar_q_grad = append_gradient(grad_logvar_q, logvar_q_grad, to_logvar_q, mq.shape)
-            mean_p_grad = append_gradient(grad_mean_p, mean_p_grad, to_mean_p, mq.shape)
-            logvar_p_grad = append_gradient(grad_logvar_p, logvar_p_grad, to_logvar_p, mq.shape)
+                to_logvar_q = add(to_logvar_q, forward_weight * half_expm1_minus)
+        if reverse_weight is not None:
+            inverse_q = limit(inverse_q)
+            u_q = diff * inverse_q
+            slope = reverse_weight * u_q * inverse_q
+            to_mean_q = add(to_mean_q, slope)
+            to_logvar_q = add(to_logvar_q, -reverse_weight * (half_expm1 + 0.5 * u_q * u_q))
+            if not STOP_GRADIENT:
+                to_mean_p = add(to_mean_p, -slope)
+                to_logvar_p = add(to_logvar_p, reverse_weight * half_expm1)
+        mean_q_grad = append_gradient(grad_mean_q, mean_q_grad, to_mean_q, mq.shape)
+        logvar_q_grad = append_gradient(grad_logvar_q, logvar_q_grad, to_logvar_q, mq.shape)
+        mean_p_grad = append_gradient(grad_mean_p, mean_p_grad, to_mean_p, mq.shape)
+        logvar_p_grad = append_gradient(grad_logvar_p, logvar_p_grad, to_logvar_p, mq.shape)
 
-        store(grad_mean_q, row, start, mean_q_grad, mask, COLUMNS, WIDTH)
-        store(grad_logvar_q, row, start, logvar_q_grad, mask, COLUMNS, WIDTH)
-        store(grad_mean_p, row, start, mean_p_grad, mask, COLUMNS, WIDTH)
-        store(grad_logvar_p, row, start, logvar_p_grad, mask, COLUMNS, WIDTH)
+    store(grad_mean_q, row, start, mean_q_grad, mask, COLUMNS, WIDTH)
+    store(grad_logvar_q, row, start, logvar_q_grad, mask, COLUMNS, WIDTH)
+    store(grad_mean_p, row, start, mean_p_grad, mask, COLUMNS, WIDTH)
+    store(grad_logvar_p, row, start, logvar_p_grad, mask, COLUMNS, WIDTH)
 
 
 def gaussian_dual_kl_forward(
@@ -209,7 +223,7 @@ def gaussian_dual_kl_forward(
         forward_kl.zero_()
         reverse_kl.zero_()
         return
-    launch = plan([mean_q, logvar_q, mean_p, logvar_p], [z])
+    launch = plan([mean_q, logvar_q, mean_p, logvar_p], [z], tiled=False)
     with on_device_of(z):
         gaussian_dual_kl_forward_kernel[launch.grid](
             *launch.tensors, seed, z, forward_kl, reverse_kl, *launch.geometry, **launch.options

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import block_rows, store
+from .blocks import block_mask, block_rows, block_start, store
 from .layout import on_device_of, plan
 from .philox import philox_normal
 
@@ -23,11 +23,10 @@ def gaussian_noise_kernel(
     PARTS: tl.constexpr,
 ):
     row = block_rows(BLOCK_ROWS, WIDTH)
-    for start in tl.range(0, COLUMNS, BLOCK_COLUMNS, loop_unroll_factor=1, disable_licm=True):
-        column = start + tl.arange(0, BLOCK_COLUMNS)
-        mask = (row < rows)[:, None] & (column < COLUMNS)[None, :]
-        noise = philox_normal(tl.load(seed), stream, row, start, BLOCK_ROWS, BLOCK_COLUMNS)
-        store(out, row, start, noise, mask, COLUMNS, WIDTH)
+    start = block_start(COLUMNS, BLOCK_COLUMNS)
+    mask = block_mask(row, rows, start, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+    noise = philox_normal(tl.load(seed), stream, row, start, BLOCK_ROWS, BLOCK_COLUMNS)
+    store(out, row, start, noise, mask, COLUMNS, WIDTH)
 
 
 def gaussian_noise(out: Tensor, seed: Tensor, stream: int) -> None:

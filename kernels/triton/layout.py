@@ -86,12 +86,10 @@ def block_for(columns: int, itemsize: int, vector: int) -> Block:
     A program has at least 4 warps, so that few wide rows still occupy the GPU, and one for each 128 columns
     of its row up to 8; narrow rows share a warp.
 
-    A row that is too wide for one step, or would pad a power of two badly, is walked in steps: of those that
-    pad it least the widest. What it carries along takes registers. So it has its program to itself, for
-    pointers into several rows would be several times as many; and a thread has 4 columns, 8 bytes in the
-    narrow types, for with 8 the backward needs 69 to 107 registers. The 32 threads of a warp still move 256
-    bytes in a row. Steps have at least 2 warps: with 1 the programs that fit on a multiprocessor, at most
-    32, would leave half of it empty.
+    A row of more than 1024 columns, or that would pad a power of two badly, is cut into pieces: of those that
+    pad it least the widest. Where rows are summed one program walks them all, elsewhere each has its own. One
+    row a program then, for pointers into several would be several times as many; and at least 2 warps, for
+    with 1 the programs that fit on a multiprocessor, at most 32, would leave half of it empty.
 
     The number of rows has no say, so a row's sum is made in the same order whatever it is launched with.
 
@@ -100,14 +98,15 @@ def block_for(columns: int, itemsize: int, vector: int) -> Block:
         itemsize: of the widest element among the tensors.
         vector: how many columns side by side can be read at once from each tensor.
     """
-    padded = triton.next_power_of_2(columns)
-    if padded > 1024 or (padded > 512 and 4 * columns < 3 * padded):
-        step = min((256, 512, 1024), key=lambda step: (-columns % step, -step))
-        return Block(1, step, 4, step // 128)
     per_thread = 8 if itemsize == 2 and vector == 8 else 4
-    step = max(padded, per_thread)
+    padded = triton.next_power_of_2(columns)
+    if padded > 1024 or (per_thread == 4 and padded > 512 and 4 * columns < 3 * padded):
+        pieces = [piece for piece in (256, 512, 1024) if piece >= 64 * per_thread]
+        piece = min(pieces, key=lambda piece: (-columns % piece, -piece))
+        return Block(1, piece, per_thread, piece // (32 * per_thread))
+    width = max(padded, per_thread)
     warps = min(max(padded // 128, 4), 8)
-    return Block(warps * 32 * per_thread // step, step, per_thread, warps)
+    return Block(warps * 32 * per_thread // width, width, per_thread, warps)
 
 
 def alignment(tensor: Tensor) -> int:
@@ -140,7 +139,7 @@ def width_of(rows: Rows, columns: int) -> int:
 class Launch(NamedTuple):
     """What a launcher passes on to its kernel besides its own arguments."""
 
-    grid: tuple[int]
+    grid: tuple[int, int]
     tensors: list[Tensor | None]
     strides: list[tuple[int, int, int]]
     rows: int
@@ -153,10 +152,15 @@ class Launch(NamedTuple):
 
 
 def plan(
-    inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None], weights: Sequence[Tensor | None] = ()
+    inputs: Sequence[Tensor | None],
+    outputs: Sequence[Tensor | None],
+    weights: Sequence[Tensor | None] = (),
+    *,
+    tiled: bool = True,
 ) -> Launch:
     """The launch for `[..., d]` inputs of any strides and contiguous outputs, all of one shape.
 
+    The grid is one of blocks of rows and of columns, or, not `tiled`, of rows alone, which a program walks.
     `weights` are `[...]`, of any strides: one number for each row. They follow the inputs in what is returned.
     """
     full = [tensor for tensor in (*inputs, *outputs) if tensor is not None]
@@ -177,7 +181,8 @@ def plan(
         "PARTS": block.per_thread // 4,
         "num_warps": block.warps,
     }
-    return Launch((triton.cdiv(rows.rows, block.rows),), rows.tensors, rows.strides, rows.rows, rows.inner, options)
+    grid = triton.cdiv(rows.rows, block.rows), triton.cdiv(columns, block.columns) if tiled else 1
+    return Launch(grid, rows.tensors, rows.strides, rows.rows, rows.inner, options)
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

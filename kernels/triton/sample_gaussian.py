@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import append, block_rows, load, part, row_offset, store
+from .blocks import append, block_mask, block_rows, block_start, load, part, row_offset, store
 from .exponential import exp_half_both_ways
 from .layout import on_device_of, plan
 from .philox import philox_normal
@@ -34,18 +34,17 @@ def sample_gaussian_forward_kernel(
     logvar_offset = row_offset(row, inner, logvar_strides, WIDTH)
     # Inductor passes a Python float as float64, which would drag everything after it along.
     temperature = tl.to_tensor(temperature).to(tl.float32)
-    for start in tl.range(0, COLUMNS, BLOCK_COLUMNS, loop_unroll_factor=1, disable_licm=True):
-        column = start + tl.arange(0, BLOCK_COLUMNS)
-        mask = (row < rows)[:, None] & (column < COLUMNS)[None, :]
-        mean_block = load(mean, mean_offset, start, mean_strides, mask, ALIGN[0], WIDTH)
-        logvar_block = load(logvar, logvar_offset, start, logvar_strides, mask, ALIGN[1], WIDTH)
-        z_block = None
-        for i in tl.static_range(PARTS):
-            deviation, _ = exp_half_both_ways(part(logvar_block, i, PARTS))
-            noise = philox_normal(tl.load(seed), stream, row, start + 4 * i, BLOCK_ROWS, BLOCK_COLUMNS // PARTS, PARTS)
-            value = part(mean_block, i, PARTS) + temperature * deviation * noise
-            z_block = append(z_block, value, z.dtype.element_ty)
-        store(z, row, start, z_block, mask, COLUMNS, WIDTH)
+    start = block_start(COLUMNS, BLOCK_COLUMNS)
+    mask = block_mask(row, rows, start, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+    mean_block = load(mean, mean_offset, start, mean_strides, mask, ALIGN[0], WIDTH)
+    logvar_block = load(logvar, logvar_offset, start, logvar_strides, mask, ALIGN[1], WIDTH)
+    z_block = None
+    for i in tl.static_range(PARTS):
+        deviation, _ = exp_half_both_ways(part(logvar_block, i, PARTS))
+        noise = philox_normal(tl.load(seed), stream, row, start + 4 * i, BLOCK_ROWS, BLOCK_COLUMNS // PARTS, PARTS)
+        value = part(mean_block, i, PARTS) + temperature * deviation * noise
+        z_block = append(z_block, value, z.dtype.element_ty)
+    store(z, row, start, z_block, mask, COLUMNS, WIDTH)
 
 
 @triton.jit(do_not_specialize=["temperature", "stream", "rows", "inner"])
@@ -71,18 +70,17 @@ def sample_gaussian_backward_kernel(
     grad_z_offset = row_offset(row, inner, grad_z_strides, WIDTH)
     logvar_offset = row_offset(row, inner, logvar_strides, WIDTH)
     temperature = tl.to_tensor(temperature).to(tl.float32)
-    for start in tl.range(0, COLUMNS, BLOCK_COLUMNS, loop_unroll_factor=1, disable_licm=True):
-        column = start + tl.arange(0, BLOCK_COLUMNS)
-        mask = (row < rows)[:, None] & (column < COLUMNS)[None, :]
-        grad_z_block = load(grad_z, grad_z_offset, start, grad_z_strides, mask, ALIGN[0], WIDTH)
-        logvar_block = load(logvar, logvar_offset, start, logvar_strides, mask, ALIGN[1], WIDTH)
-        grad_block = None
-        for i in tl.static_range(PARTS):
-            deviation, _ = exp_half_both_ways(part(logvar_block, i, PARTS))
-            noise = philox_normal(tl.load(seed), stream, row, start + 4 * i, BLOCK_ROWS, BLOCK_COLUMNS // PARTS, PARTS)
-            value = 0.5 * part(grad_z_block, i, PARTS) * (temperature * deviation * noise)
-            grad_block = append(grad_block, value, grad_logvar.dtype.element_ty)
-        store(grad_logvar, row, start, grad_block, mask, COLUMNS, WIDTH)
+    start = block_start(COLUMNS, BLOCK_COLUMNS)
+    mask = block_mask(row, rows, start, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+    grad_z_block = load(grad_z, grad_z_offset, start, grad_z_strides, mask, ALIGN[0], WIDTH)
+    logvar_block = load(logvar, logvar_offset, start, logvar_strides, mask, ALIGN[1], WIDTH)
+    grad_block = None
+    for i in tl.static_range(PARTS):
+        deviation, _ = exp_half_both_ways(part(logvar_block, i, PARTS))
+        noise = philox_normal(tl.load(seed), stream, row, start + 4 * i, BLOCK_ROWS, BLOCK_COLUMNS // PARTS, PARTS)
+        value = 0.5 * part(grad_z_block, i, PARTS) * (temperature * deviation * noise)
+        grad_block = append(grad_block, value, grad_logvar.dtype.element_ty)
+    store(grad_logvar, row, start, grad_block, mask, COLUMNS, WIDTH)
 
 
 def sample_gaussian_forward(
