@@ -124,7 +124,7 @@ def draw_bars(axes: Any, cases: list[str], names: list[str], rows: list[Row]) ->
         axes.barh(y, row["speedup"] - 1, left=1, height=0.9 * height, color=COLOURS.get(row["provider"], INK))
         faster = row["speedup"] >= 1
         beside = {"xytext": (4 if faster else -4, 0), "textcoords": "offset points", "va": "center", "fontsize": 7}
-        axes.annotate(f"{row['speedup']:.2g}", (row["speedup"], y), ha="left" if faster else "right", **beside)
+        axes.annotate(f"{row['speedup']:.3g}", (row["speedup"], y), ha="left" if faster else "right", **beside)
     axes.set_yticks(range(len(cases)), cases)
     axes.set_ylim(len(cases) - 0.5, -0.5)
     axes.margins(x=0.12)
