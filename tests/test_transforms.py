@@ -190,3 +190,17 @@ def test_a_sign_that_pytorch_keeps_beside_the_memory(backend, device):
             results.append([z, *torch.autograd.grad(z, views[:2], upstream)])
         for plain, signed in zip(*results, strict=True):
             assert torch.equal(plain, signed)
+
+
+def test_tensors_without_memory(backend, device):
+    """Fake tensors tell shapes and dtypes, and no kernel reads what is not there."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        inputs = [torch.empty(3, 8, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(4)]
+        seed = torch.empty(1, dtype=torch.int64, device=device)
+        out = amvl_fast.gaussian_dual_kl(*inputs, seed=seed, backend=backend)
+        assert [(t.shape, t.dtype) for t in out] == [((3, 8), torch.bfloat16)] + [((3,), torch.float32)] * 2
+        grads = torch.autograd.grad(out.z.sum() + out.forward_kl.sum(), inputs[:2])
+        assert all(grad.shape == (3, 8) for grad in grads)
+        assert amvl_fast.sample_gaussian(*inputs[:2], seed=seed, backend=backend).shape == (3, 8)

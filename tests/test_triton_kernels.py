@@ -133,6 +133,11 @@ def test_each_tensor_keeps_its_own_alignment():
     assert layout.plan(inputs, [torch.empty(4, 64)]).options["ALIGN"] == (16, 4, 0, 0)
 
 
+def test_no_grid_is_larger_than_cuda_allows():
+    with pytest.raises(ValueError, match="at most 67107840 columns"):
+        layout.plan([], [torch.empty(2**27, device="meta")])
+
+
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("vector", [0, 1, 2, 4, 8])
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ import torch
 
 from amvl_fast.errors import AMVLError
 
+_IN_MEMORY = (torch.Tensor, torch.nn.Parameter)
+
 
 def boundary(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as the operator `torch.ops.amvl_fast.<name>`, and go through it only when compiling.
@@ -35,7 +37,11 @@ def boundary(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
 
         @wraps(function)
         def call(*arguments: Any) -> Any:
-            return operator(*arguments) if torch.compiler.is_compiling() else on_memory(*arguments)
+            # What is a tensor of another kind, a fake one for example, has no memory to hand to a kernel.
+            direct = not torch.compiler.is_compiling() and all(
+                type(a) in _IN_MEMORY for a in arguments if isinstance(a, torch.Tensor)
+            )
+            return on_memory(*arguments) if direct else operator(*arguments)
 
         return call
 

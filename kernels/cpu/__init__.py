@@ -21,7 +21,7 @@ from torch import Tensor
 LIBRARY = Path(__file__).with_name("libamvl_fast.so")
 
 # What interface.cpp calls itself: raised, there and here, whenever the two sides of a call change.
-_INTERFACE = 1
+_INTERFACE = 2
 
 _library = ctypes.CDLL(str(LIBRARY))
 if not hasattr(_library, "amvl_interface") or _library.amvl_interface() != _INTERFACE:
@@ -35,6 +35,8 @@ _library.amvl_choose(None)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 0}
 
 (_BITS_OF_ONE,) = struct.unpack("q", struct.pack("d", 1.0))
+
+_MAX_DIMS = 64  # of kernels.h
 
 # A thread is worth waking for this many elements: it takes about as long as their arithmetic.
 _ELEMENTS_PER_THREAD = 4096
@@ -70,6 +72,8 @@ def _call(
     if elements == 0:
         return
     dims = len(shape)
+    if dims > _MAX_DIMS:
+        raise ValueError(f"the C++ kernels take tensors of at most {_MAX_DIMS} dimensions, and this one has {dims}")
     absent = (0,) * (2 + dims)
     arguments = [
         min(torch.get_num_threads(), 1 + elements // _ELEMENTS_PER_THREAD),
@@ -91,9 +95,9 @@ def _call(
     written = 0
     for tensor in outputs:
         if tensor is None:
-            arguments += (0, 0)
+            arguments += (0, 0, 0)
         else:
-            arguments += (tensor.data_ptr(), _DTYPES[tensor.dtype])
+            arguments += (tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.nbytes)
             written += tensor.nbytes
     arguments[1] = written >= _BYTES_PAST_CACHES
     call = array("q", arguments)  # a name of its own, or it would be gone before the call

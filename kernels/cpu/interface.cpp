@@ -5,7 +5,7 @@
 //     threads, past_caches, seed's address, stream, bits of temperature as a double, stop_gradient, first_row,
 //     number of inputs, number of outputs, number of leading dimensions n, n sizes, columns,
 //     and for each tensor: its address (0: none), dtype (0 float32, 1 bfloat16, 2 float16),
-//     and, if it is an input, its n + 1 strides.
+//     and an input's n + 1 strides or an output's size in bytes.
 #include <algorithm>
 #include <cstring>
 
@@ -76,16 +76,15 @@ struct Call {
       view.data = (void*)read();
       view.dtype = (DType)read();
       view.column_stride = 1;
-      if (t >= job.inputs) continue;
+      if (t >= job.inputs) {
+        const int64_t bytes = read();
+        if (job.past_caches && view.data) ask_for_huge_pages(view.data, bytes);
+        continue;
+      }
       for (int dim = 0; dim < dims; dim++) strides[dim][t] = read();
       view.column_stride = read();
     }
     fold(dims, sizes, strides);
-    if (!job.past_caches) return;
-    for (int t = job.inputs; t < job.inputs + outputs; t++) {
-      const View& view = job.tensors[t];
-      if (view.data) ask_for_huge_pages(view.data, job.rows * job.columns * (view.dtype == DType::float32 ? 4 : 2));
-    }
   }
 
   // Two leading dimensions become one where every input steps through them evenly.
@@ -120,7 +119,7 @@ struct Call {
 
 // Raised, here and in __init__.py, whenever the two sides of a call change: a library left over from older sources
 // is then refused instead of called with what it takes for something else.
-EXPORT int amvl_interface() { return 1; }
+EXPORT int amvl_interface() { return 2; }
 
 // Use the named instructions (avx512, avx2, baseline), or the best that this processor has for a null name.
 // Returns 0 if it does not have them.

@@ -12,6 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
+# CUDA's limit for all axes of a grid but the first.
+_MAX_PIECES = 65535
+
 # For tests: 1 or 2 makes every launch at least as wide as `width_of` describes.
 FORCED_WIDTH = 0
 
@@ -182,6 +185,10 @@ def plan(
         "num_warps": block.warps,
     }
     grid = triton.cdiv(rows.rows, block.rows), triton.cdiv(columns, block.columns) if tiled else 1
+    if grid[1] > _MAX_PIECES:
+        raise ValueError(
+            f"the Triton kernels take rows of at most {_MAX_PIECES * block.columns} columns, not {columns}"
+        )
     return Launch(grid, rows.tensors, rows.strides, rows.rows, rows.inner, options)
 
 
