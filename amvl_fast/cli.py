@@ -61,7 +61,11 @@ def parser() -> argparse.ArgumentParser:
     verb.set_defaults(run=run_generate)
 
     verb = verbs.add_parser("bench", help="measure the latent ops beside their peers, with tables and plots")
-    verb.add_argument("--output", metavar="DIR", help="where to write; by default a folder for this machine")
+    verb.add_argument(
+        "--output",
+        metavar="DIR",
+        help="where to write; by default a folder for this machine, and with --compile nowhere",
+    )
     verb.add_argument("--quick", action="store_true", help="small sizes only, to see that everything works")
     verb.add_argument(
         "--compile",

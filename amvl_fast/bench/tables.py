@@ -22,7 +22,8 @@ def render(rows: Sequence[Row], predictions: Sequence[Prediction]) -> str:
     parts = [
         f"Machine code of {len(rows)} kernel specialisations, triton {triton.__version__}, torch {torch.__version__}",
         "Each target, the worst over its specialisations\n" + summary(rows),
-        f"{MAIN_TARGET}, contiguous tensors and default options; compile.csv has the rest\n" + main_table(rows),
+        f"{MAIN_TARGET}, contiguous tensors and default options; compile.csv (--output) has the rest\n"
+        + main_table(rows),
         "Predicted times of gaussian_dual_kl\n" + predicted_table(predictions) + "\n\n" + ASSUMPTIONS,
     ]
     crowded = [row for row in rows if row["target"] == MAIN_TARGET and row["occupancy"] < 0.5]
@@ -82,7 +83,7 @@ def summary(rows: Sequence[Row]) -> str:
         "\noccupancy: share of warps that registers leave room for. 128-bit: the share of latent tensors' bytes that\n"
         "128-bit instructions move, where rows begin at multiples of 16 bytes; with mixed dtypes a thread takes 16\n"
         "bytes of the widest and less of the others.\n"
-        "On AMD, whose wavefronts have 64 threads, a thread has half as many columns: see compile.csv."
+        "On AMD, whose wavefronts have 64 threads, a thread has half as many columns: see compile.csv (--output)."
     )
     return grid(header, lines) + note
 

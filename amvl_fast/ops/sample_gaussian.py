@@ -76,7 +76,8 @@ def sample_gaussian(
     gives all.
 
     Args:
-        mean, logvar: `[..., d]`, floating, broadcastable to each other, any strides.
+        mean, logvar: `[..., d]`, floating, broadcastable to each other, any strides. NaN and inf do what they
+            do in the formula: a log-variance of -inf gives the mean.
         temperature: scales the standard deviation. 0 gives the mean exactly, whatever `logvar` is.
         seed: an int, a one-element int64 tensor on the inputs' device, or None to draw one from PyTorch's
             generator.
@@ -98,10 +99,9 @@ def sample_gaussian(
         >>> torch.testing.assert_close(z, mean + 0.5 * (logvar / 2).exp() * gaussian_noise((5, 8), 3))
     """
     op = "sample_gaussian"
-    temperature = float(temperature)
-    if not 0.0 <= temperature < math.inf:
+    if not isinstance(temperature, (int, float)) or not 0.0 <= temperature < math.inf:
         raise AMVLError(f"{op}: temperature is {temperature}; pass a finite number that is not negative.")
-    dtype = mean.dtype if isinstance(mean, Tensor) else None
+    temperature = float(temperature)
     mean, logvar = broadcast_inputs(op, mean=mean, logvar=logvar)
     stream = check_stream(op, stream)
     name = choose_backend(backend, (mean, logvar), mean.device)
@@ -113,4 +113,4 @@ def sample_gaussian(
         return apply(_Sample, op, mean, logvar, seed, temperature, stream, name)
     compute = torch.float64 if torch.float64 in (mean.dtype, logvar.dtype) else torch.float32
     noise = philox_normal(mean.shape, seed, stream=stream).to(compute)
-    return (mean.to(compute) + temperature * torch.exp(logvar.to(compute) / 2) * noise).to(dtype)
+    return (mean.to(compute) + temperature * torch.exp(logvar.to(compute) / 2) * noise).to(mean.dtype)

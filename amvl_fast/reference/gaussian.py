@@ -1,7 +1,7 @@
 """The latent op in plain PyTorch, written to be read beside the formulas rather than to be fast.
 
 It is the oracle that every kernel is tested against, the fallback where no kernel runs, and the peer
-that benchmarks compare with. Kernels and model code never depend on anything else in this file.
+that benchmarks compare with. Of the optimised code only the ops import it, for `backend="torch"` and `DualKL`.
 """
 
 from __future__ import annotations

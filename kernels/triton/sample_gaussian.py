@@ -32,7 +32,7 @@ def sample_gaussian_forward_kernel(
     row = block_rows(BLOCK_ROWS, WIDTH)
     mean_offset = row_offset(row, inner, mean_strides, WIDTH)
     logvar_offset = row_offset(row, inner, logvar_strides, WIDTH)
-    # Inductor passes a Python float as float64, which would drag everything after it along.
+    # Whatever the temperature arrives as: a float64 would drag everything after it along.
     temperature = tl.to_tensor(temperature).to(tl.float32)
     start = block_start(COLUMNS, BLOCK_COLUMNS)
     mask = block_mask(row, rows, start, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
