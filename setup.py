@@ -93,17 +93,6 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-HEADERS = [
-    "exponential",
-    "gaussian_dual_kl",
-    "gaussian_noise",
-    "kernels",
-    "layout",
-    "philox",
-    "sample_gaussian",
-    "vector",
-]
-
 setup(
     packages=[
         *find_packages(include=["amvl_fast", "amvl_fast.*"]),
@@ -118,7 +107,7 @@ setup(
         Extension(
             "amvl_fast.kernels.cpu.libamvl_fast",
             ["kernels/cpu/kernels.cpp", "kernels/cpu/interface.cpp"],
-            depends=[f"kernels/cpu/{name}.h" for name in HEADERS],
+            depends=sorted(map(str, Path("kernels/cpu").glob("*.h"))),
             language="c++",
             optional=True,
         )

@@ -39,8 +39,9 @@ def as_rows(shape: Sequence[int], tensors: Sequence[Tensor | None]) -> Rows:
     """Fold the leading dimensions of all tensors into at most two, without copies.
 
     Two dimensions fold into one where every tensor steps through them evenly. Halves of a chunked tensor
-    leave one dimension, an expanded prior or a transposed input two. More than two is left only by exotic
-    mixtures of views; then, and only then, the tensors are copied. A None among the tensors stays None.
+    leave one dimension, an expanded prior or a transposed input two. More than two are left by
+    mixtures of views and by rank 4 with inner dimensions exchanged; then, and only then, the tensors are
+    copied. A None among the tensors stays None.
     """
     folded = _fold(shape, tensors)
     if len(folded) > 2:
