@@ -19,6 +19,7 @@ import torch
 triton = pytest.importorskip("triton")
 tl = triton.language
 
+import amvl_fast.kernels.triton as kernels  # noqa: E402
 from amvl_fast.bench import compile_report, machine_code, predictions, tables  # noqa: E402
 from amvl_fast.bench.compile_cases import OPS, PURE_DTYPES, Case  # noqa: E402
 from amvl_fast.bench.machine_code import MachineCode, occupancy, read_amdgcn, read_sass  # noqa: E402
@@ -89,13 +90,13 @@ def test_aligned_tensors_move_in_128_bits(rows):
         "expanded"
     }
     none_of(pure, lambda row: row["wide_stores"] != 1 or row["wide_loads"] not in (1, None))
-    none_of(pure, lambda row: row["wide_loads"] is None and row["kernel"] != "noise" and not row["options"])
+    none_of(pure, lambda row: row["wide_loads"] is None and row["kernel"] != "gaussian_noise" and not row["options"])
 
 
 def test_mixed_dtypes_move_a_thread_s_share_at_once(rows):
     aligned = [row for row in rows if row["target"] == "sm_90" and row["aligned"] and not row["error"]]
     mixed = [row for row in aligned if row["dtypes"] not in PURE_DTYPES]
-    mixed = [row for row in mixed if row["kernel"] != "noise"]
+    mixed = [row for row in mixed if row["kernel"] != "gaussian_noise"]
     none_of(mixed, lambda row: "16 x" in row["loads"] + row["stores"] or "128 x" not in row["loads"])
 
 
@@ -232,9 +233,10 @@ def test_occupancy(registers, warps, share):
 
 def recorded_specialisations():
     """Cases that must and must not share a specialisation; called in a process of its own."""
-    same = [Case("dual_kl_forward", leading=(4, 8)), Case("dual_kl_forward", leading=(2, 16))]
+    same = [Case("gaussian_dual_kl_forward", leading=(4, 8)), Case("gaussian_dual_kl_forward", leading=(2, 16))]
     others = [
-        Case("dual_kl_forward", layout=layout) for layout in ("expanded", "odd rows", "offset", "strided", "int64")
+        Case("gaussian_dual_kl_forward", layout=layout)
+        for layout in ("expanded", "odd rows", "offset", "strided", "int64")
     ]
     print(json.dumps({
         "same": len(specialisations(same, ["sm_90"])),
@@ -248,17 +250,60 @@ def recorded_specialisations():
 
 def test_specialisations_are_those_of_the_launcher():
     found = json.loads(run_python("import test_compile_report as here; here.recorded_specialisations()"))
-    assert found["same"] == 1 and found["others"] == 5 and found["targets"] == 2
-    assert found["aligned"] == [True, True, False, False, False, True]
+    assert found["same"] == 1 and found["others"] == 4 and found["targets"] == 2
+    # "odd rows" and "offset" are the same: rows that begin at multiples of 4 bytes.
+    assert found["aligned"] == [True, True, False, False, True]
     assert found["elements"] == 4 * 8 * 512
     assert found["driver"] == "NoneType"  # put back
+
+
+def recorded_slices():
+    """How many programs sum the rows of a tensor, in slices of it and whole; called in a process of its own."""
+    slices = [slice(None), slice(0, 1), slice(1, 2), slice(1, 6), slice(3, 5)]
+    found = {}
+
+    def empty(*shape):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for dtype, columns in itertools.product((torch.float32, torch.bfloat16), (7, 12, 72, 100, 512, 513, 2056)):
+        layouts = {
+            "contiguous": empty(6, columns),
+            "odd rows": empty(6, columns + 1)[:, :columns],
+            "offset": empty(6 * columns + 1)[1:].view(6, columns),
+            "columns apart": empty(columns, 6).t(),
+            "columns and rows apart": empty(columns, 6, 16).transpose(0, 2)[0],
+        }
+        for name, tensor in layouts.items():
+            keys = set()
+            for rows in slices:
+                view = tensor[rows]
+                z, *kls = empty(*view.shape), *torch.empty(2, len(view), device="meta")
+                seed = torch.empty(1, dtype=torch.int64, device="meta")
+                _, (one,) = record(lambda: kernels.gaussian_dual_kl_forward(*[view] * 4, seed, z, *kls), "sm_90")  # noqa: B023
+                keys.add(one.key)
+            found[f"{name}, {columns} of {dtype}"] = len(keys)
+    print(json.dumps(found))
+
+
+def test_a_row_is_summed_by_one_program_in_any_batch():
+    """What no comparison on a CPU can see: that the order of a GPU's sums does not depend on what else is there."""
+    found = json.loads(run_python("import test_compile_report as here; here.recorded_slices()"))
+    assert len(found) == 70
+    assert not {name: count for name, count in found.items() if count != 1}
 
 
 def spec(programs, elements):
     """A specialisation as predictions see it."""
     fields = dict.fromkeys(("signature", "constants", "attributes", "options"), {})
     return machine_code.Specialisation(
-        "sm_90", "module", "function", **fields, programs=programs, key="", elements=elements, case=Case("noise")
+        "sm_90",
+        "module",
+        "function",
+        **fields,
+        programs=programs,
+        key="",
+        elements=elements,
+        case=Case("gaussian_noise"),
     )
 
 

@@ -12,15 +12,19 @@ from torch import Tensor
 
 import amvl_fast.kernels.triton as kernels
 
+PURE_DTYPES = ("float32", "bfloat16", "float16")
+
 # The dtypes of mean_q, logvar_q, mean_p and logvar_p; `mean, logvar` of sample_gaussian are the first two.
-DTYPES = {
-    "float32": (torch.float32,) * 4,
-    "bfloat16": (torch.bfloat16,) * 4,
-    "float16": (torch.float16,) * 4,
+DTYPES = {name: (getattr(torch, name),) * 4 for name in PURE_DTYPES} | {
     "bfloat16 mean, float32 logvar": (torch.bfloat16, torch.float32) * 2,
     "float32 q, bfloat16 p": (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16),
 }
-PURE_DTYPES = ("float32", "bfloat16", "float16")
+# And every other mixture.
+MIXED_DTYPES = {
+    ", ".join(names): tuple(getattr(torch, name) for name in names)
+    for names in itertools.product(PURE_DTYPES, repeat=4)
+    if tuple(getattr(torch, name) for name in names) not in DTYPES.values()
+}
 
 # Blocks of several rows, exact blocks, blocks with a masked tail, and rows cut into pieces, even and uneven. The rule
 # for blocks knows no others; widths between these differ in constants only, and are left out.
@@ -32,6 +36,7 @@ LAYOUTS = (
     "chunked",
     "expanded",
     "transposed",
+    "heads",
     "offset",
     "odd rows",
     "strided",
@@ -39,7 +44,13 @@ LAYOUTS = (
     "int64",
     "int64 rows",
 )
-OPS = ("dual_kl_forward", "dual_kl_backward", "sample_forward", "sample_backward", "noise")
+OPS = (
+    "gaussian_dual_kl_forward",
+    "gaussian_dual_kl_backward",
+    "sample_gaussian_forward",
+    "sample_gaussian_backward",
+    "gaussian_noise",
+)
 
 ALL_UPSTREAM = ("z", "forward_kl", "reverse_kl")
 ALL_NEEDED = ("mean_q", "logvar_q", "mean_p", "logvar_p")
@@ -51,11 +62,11 @@ class Case:
 
     Attributes:
         op: one of `OPS`.
-        dtypes: a key of `DTYPES`.
+        dtypes: a key of `DTYPES` or `MIXED_DTYPES`.
         width: d, the latent dimension.
         layout: one of `LAYOUTS`: how the inputs and upstream gradients lie in memory.
         leading: the leading dimensions, two.
-        upstream: the gradients that arrive, of `ALL_UPSTREAM`; like the next two for dual_kl_backward only.
+        upstream: the gradients that arrive, of `ALL_UPSTREAM`; like the next two for gaussian_dual_kl_backward only.
         needed: the inputs whose gradient is asked for, of `ALL_NEEDED`.
         stop_gradient: the op's option.
     """
@@ -94,6 +105,8 @@ class Case:
             return empty(1, slots, width).expand(batch, slots, width)
         if self.layout == "transposed":
             return empty(slots, batch, width).transpose(0, 1)
+        if self.layout == "heads":  # [batch, slots, heads, d] with slots and heads exchanged: three dimensions are left
+            return empty(batch, slots // 2, 2, width).transpose(1, 2)
         if self.layout == "offset":
             return empty(batch * slots * width + 1)[1:].view(batch, slots, width)
         if self.layout == "odd rows":
@@ -113,7 +126,7 @@ class Case:
             Whether 16-byte accesses are possible throughout, that is, whether the rows of all tensors begin at
             multiples of 16 bytes and their columns lie side by side; and the number of latent elements.
         """
-        dtypes = DTYPES[self.dtypes]
+        dtypes = (DTYPES | MIXED_DTYPES)[self.dtypes]
         seed = torch.zeros(1, dtype=torch.int64, device=device)
         read = [self.input(dtype, device, i >= 2, i % 2) for i, dtype in enumerate(dtypes)]
         shape = read[0].shape
@@ -124,19 +137,19 @@ class Case:
         if self.layout == "constant":  # what z.sum() and kl.mean() send back
             grad_z = torch.zeros((), dtype=z.dtype, device=device).expand(shape)
             weights = [torch.zeros((), device=device).expand(shape[:-1]) for _ in kl]
-        if self.op == "dual_kl_forward":
+        if self.op == "gaussian_dual_kl_forward":
             kernels.gaussian_dual_kl_forward(*read, seed, z, *kl)
-        elif self.op == "dual_kl_backward":
+        elif self.op == "gaussian_dual_kl_backward":
             grads = [tensor if name in self.needed else None for name, tensor in zip(ALL_NEEDED, like, strict=True)]
             upstream = zip(ALL_UPSTREAM, [grad_z, *weights], strict=True)
             arrived = [tensor if name in self.upstream else None for name, tensor in upstream]
             kernels.gaussian_dual_kl_backward(*read, seed, *arrived, *grads, stop_gradient=self.stop_gradient)
             read = [*read, grad_z] if "z" in self.upstream else read
             written = [tensor for tensor in grads if tensor is not None]
-        elif self.op == "sample_forward":
+        elif self.op == "sample_gaussian_forward":
             read = read[:2]
             kernels.sample_gaussian_forward(*read, seed, 0.7, 0, z)
-        elif self.op == "sample_backward":
+        elif self.op == "sample_gaussian_backward":
             read, written = [grad_z, read[1]], [like[1]]
             kernels.sample_gaussian_backward(grad_z, read[1], seed, 0.7, 0, like[1])
         else:
@@ -156,7 +169,7 @@ def rows_at_16_bytes(tensor: Tensor) -> bool:
 def common_cases(wide: bool = True) -> Iterator[Case]:
     """What is launched most: three dtypes, three widths, every kernel; unless wide the minor kernels at one width."""
     for op, dtypes, width in itertools.product(OPS, PURE_DTYPES, COMMON_WIDTHS):
-        if wide or op.startswith("dual_kl") or width == 512:
+        if wide or op.startswith("gaussian_dual_kl") or width == 512:
             yield Case(op, dtypes, width)
 
 
@@ -167,17 +180,18 @@ def broad_cases() -> Iterator[Case]:
         if dtypes == "bfloat16" or (dtypes == "float32" and width in (7, 100, 1029, 8192)) or width == 512:
             yield Case(op, dtypes, width)
     for op, layout in itertools.product(OPS[:4], LAYOUTS):
-        if op.startswith("dual_kl") or layout in ("chunked", "odd rows", "int64"):
+        if op.startswith("gaussian_dual_kl") or layout in ("chunked", "odd rows", "int64"):
             yield Case(op, "bfloat16", 512, layout)
     yield from option_cases("bfloat16", 512, few=True)
     yield from (Case(op, "bfloat16", width) for op in OPS[2:] for width in (7, 100, 2048, 3000))
 
 
 def all_cases() -> Iterator[Case]:
-    """All dtypes x widths x layouts, but some layouts of rarer dtypes; all options at one shape, few at others."""
+    """Dtypes x widths x layouts, but some layouts of rarer dtypes; all mixtures and options at one shape."""
     for op, dtypes, width, layout in itertools.product(OPS, DTYPES, WIDTHS, LAYOUTS):
         if dtypes in ("float32", "bfloat16") or width == 512 or layout == "contiguous":
             yield Case(op, dtypes, width, layout)
+    yield from (Case(op, dtypes) for op in OPS[:4] for dtypes in MIXED_DTYPES)
     yield from option_cases("bfloat16", 512)
     yield from option_cases("float32", 512, few=True)
     yield from option_cases("bfloat16", 7, few=True)
@@ -195,4 +209,4 @@ def option_cases(dtypes: str, width: int, few: bool = False) -> Iterator[Case]:
     for upstream, needed, stop in itertools.product(subsets(ALL_UPSTREAM), subsets(ALL_NEEDED), (True, False)):
         usual = upstream == ALL_UPSTREAM and (needed in halves or len(needed) == 1) or needed == ALL_NEEDED
         if usual or not few:
-            yield Case("dual_kl_backward", dtypes, width, upstream=upstream, needed=needed, stop_gradient=stop)
+            yield Case("gaussian_dual_kl_backward", dtypes, width, upstream=upstream, needed=needed, stop_gradient=stop)

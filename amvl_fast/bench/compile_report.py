@@ -87,7 +87,7 @@ def columns(one: Specialisation, code: MachineCode, bytes_per_latent: float | No
         "layout": case.layout,
         "options": case.options,
         "aligned": one.aligned,
-        "steps": one.trips,
+        "trips": one.trips,
         "error": code.error or "",
         "registers": code.registers,
         "spills": code.spills,

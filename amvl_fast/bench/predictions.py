@@ -100,7 +100,7 @@ def predicted_launches() -> list[tuple[str, str, Specialisation]]:
     for gpu, sheet in GPUS.items():
         for shape, leading in SHAPES.items():
             for dtypes in ("float32", "bfloat16"):
-                for op in ("dual_kl_forward", "dual_kl_backward"):
+                for op in ("gaussian_dual_kl_forward", "gaussian_dual_kl_backward"):
                     (one,) = specialisations([Case(op, dtypes, 512, leading=leading)], [sheet.target])
                     launches.append((gpu, shape, one))
     return launches

@@ -124,7 +124,7 @@ def specialisations(cases: Iterable[Case], targets: Iterable[str]) -> list[Speci
         for one in recorded:
             one.aligned, one.elements, one.case = aligned, elements, case
             # Only the kernel that sums rows walks them; the others have a program for each piece of a row.
-            one.trips = -(-case.width // one.constant("BLOCK_COLUMNS")) if case.op == "dual_kl_forward" else 1
+            one.trips = -(-case.width // one.constant("BLOCK_COLUMNS")) if case.op == "gaussian_dual_kl_forward" else 1
             # Equal machine code may serve aligned and unaligned rows; it is judged by the stricter use.
             found.setdefault(one.key, one).aligned |= aligned
     return list(found.values())

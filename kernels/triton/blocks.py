@@ -18,7 +18,7 @@ def block_rows(BLOCK_ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def block_start(COLUMNS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """This program's first column, of a tiled kernel; a constant where there is but one block of them."""
+    """The first column of this program's piece; a constant where rows are not cut into pieces."""
     start = 0
     if COLUMNS > BLOCK_COLUMNS:
         start = tl.program_id(1) * BLOCK_COLUMNS
@@ -43,15 +43,23 @@ def widen(index, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def from_odd(number):
+    """A number that `layout.as_odd` kept from being specialised."""
+    return (number - 3) >> 1
+
+
+@triton.jit
 def row_offset(row, inner, strides, WIDTH: tl.constexpr):
-    """Where rows begin in a tensor of the given (outer, inner, column) strides."""
-    if inner is None:
-        offset = widen(row, WIDTH) * strides[1]
-    else:
+    """Where rows begin in a tensor of the given strides; both tuples as `layout.Launch.geometry` has them."""
+    DIMENSIONS: tl.constexpr = len(inner)
+    offset = 0
+    for i in tl.static_range(DIMENSIONS):
+        size = from_odd(inner[DIMENSIONS - 1 - i])
         # Rows are never negative, and an unsigned division is shorter.
-        outer = (row.to(tl.uint32) // inner.to(tl.uint32)).to(tl.int32) if WIDTH < 2 else row // inner
-        offset = widen(outer, WIDTH) * strides[0] + widen(row - outer * inner, WIDTH) * strides[1]
-    return offset
+        outer = (row.to(tl.uint32) // size.to(tl.uint32)).to(tl.int32) if WIDTH < 2 else row // size
+        offset += widen(row - outer * size, WIDTH) * from_odd(strides[DIMENSIONS - i])
+        row = outer
+    return offset + widen(row, WIDTH) * from_odd(strides[0])
 
 
 @triton.jit
@@ -63,8 +71,9 @@ def load(pointer, offset, start, strides, mask, ALIGN: tl.constexpr, WIDTH: tl.c
     """
     column = tl.arange(0, mask.shape[1])
     if ALIGN == 0:
-        first = offset + widen(start, WIDTH) * strides[2]
-        where = pointer + (first[:, None] + (widen(column, WIDTH) * strides[2])[None, :])
+        stride = from_odd(strides[len(strides) - 1])
+        first = offset + widen(start, WIDTH) * stride
+        where = pointer + (first[:, None] + (widen(column, WIDTH) * stride)[None, :])
     else:
         where = tl.multiple_of(pointer + (offset + start), ALIGN)[:, None] + column[None, :]
     return tl.load(where, mask=mask, other=0.0)

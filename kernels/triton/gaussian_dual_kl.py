@@ -40,6 +40,9 @@ from .philox import philox_normal
 
 STREAM = tl.constexpr(0)
 
+# What loads may assume of rows is ALIGN's to say: the same for one row as for many, so that it is summed alike.
+_UNALIGNED = ["mean_q", "logvar_q", "mean_p", "logvar_p", "grad_z"]
+
 
 @triton.jit
 def gap_and_poison(mq, lq, mp, lp):
@@ -52,7 +55,7 @@ def gap_and_poison(mq, lq, mp, lp):
     return diff + poison, poison
 
 
-@triton.jit(do_not_specialize=["rows", "inner"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=_UNALIGNED[:4])
 def gaussian_dual_kl_forward_kernel(
     mean_q,
     logvar_q,
@@ -110,7 +113,7 @@ def gaussian_dual_kl_forward_kernel(
     tl.store(reverse_kl + row, tl.sum(reverse_sum, axis=1), mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["rows", "inner"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=_UNALIGNED)
 def gaussian_dual_kl_backward_kernel(
     mean_q,
     logvar_q,
@@ -223,10 +226,11 @@ def gaussian_dual_kl_forward(
         forward_kl.zero_()
         reverse_kl.zero_()
         return
-    launch = plan([mean_q, logvar_q, mean_p, logvar_p], [z], tiled=False)
+    inputs = [mean_q, logvar_q, mean_p, logvar_p]
+    launch = plan(inputs, [z], walked=True)
     with on_device_of(z):
         gaussian_dual_kl_forward_kernel[launch.grid](
-            *launch.tensors, seed, z, forward_kl, reverse_kl, *launch.geometry, **launch.options
+            *inputs, seed, z, forward_kl, reverse_kl, *launch.geometry, **launch.options
         )
 
 
@@ -250,9 +254,9 @@ def gaussian_dual_kl_backward(
     if mean_q.numel() == 0:
         return
     grads = [grad_mean_q, grad_logvar_q, grad_mean_p, grad_logvar_p]
-    launch = plan([mean_q, logvar_q, mean_p, logvar_p, grad_z], grads, [grad_forward_kl, grad_reverse_kl])
-    inputs, upstream = launch.tensors[:4], launch.tensors[4:]
+    inputs, weights = [mean_q, logvar_q, mean_p, logvar_p], [grad_forward_kl, grad_reverse_kl]
+    launch = plan([*inputs, grad_z], grads, weights)
     with on_device_of(mean_q):
         gaussian_dual_kl_backward_kernel[launch.grid](
-            *inputs, seed, *upstream, *grads, *launch.geometry, stop_gradient, **launch.options
+            *inputs, seed, grad_z, *weights, *grads, *launch.geometry, stop_gradient, **launch.options
         )

@@ -35,4 +35,4 @@ def gaussian_noise(out: Tensor, seed: Tensor, stream: int) -> None:
         return
     launch = plan([], [out])
     with on_device_of(out):
-        gaussian_noise_kernel[launch.grid](out, seed, stream, launch.rows, **launch.options)
+        gaussian_noise_kernel[launch.grid](out, seed, stream, launch.rows.rows, **launch.options)

@@ -20,44 +20,25 @@ FORCED_WIDTH = 0
 
 
 class Rows(NamedTuple):
-    """Tensors of one shape `[..., d]` seen as `[rows // inner, inner, d]`.
+    """How to find the rows of tensors of one shape `[..., d]`.
 
     Attributes:
-        tensors: the inputs, as they were but for the rare one that had to be copied.
-        strides: for each tensor its strides (outer, inner, column).
+        strides: for each tensor those of the leading dimensions, outermost first, and that of the columns.
         rows: the number of rows.
-        inner: how many rows the inner dimension holds; None if that is all of them.
+        inner: the sizes of all leading dimensions but the outermost.
     """
 
-    tensors: list[Tensor | None]
-    strides: list[tuple[int, int, int]]
+    strides: list[tuple[int, ...]]
     rows: int
-    inner: int | None
+    inner: tuple[int, ...]
 
 
 def as_rows(shape: Sequence[int], tensors: Sequence[Tensor | None]) -> Rows:
-    """Fold the leading dimensions of all tensors into at most two, without copies.
+    """Fold the leading dimensions of all tensors into as few as possible; none is ever copied.
 
     Two dimensions fold into one where every tensor steps through them evenly. Halves of a chunked tensor
-    leave one dimension, an expanded prior or a transposed input two. More than two are left by
-    mixtures of views and by rank 4 with inner dimensions exchanged; then, and only then, the tensors are
-    copied. A None among the tensors stays None.
+    leave one dimension, an expanded prior or transposed rows two. None stands for a tensor that is not there.
     """
-    folded = _fold(shape, tensors)
-    if len(folded) > 2:
-        tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
-        folded = _fold(shape, tensors)
-    nothing = (1, [0] * len(tensors))
-    (_, outer_strides), (inner, inner_strides) = [nothing, nothing, *folded][-2:]
-    # PyTorch gives a dimension of size 1 any stride; as 1 it does not look like columns far apart.
-    column_strides = [1 if tensor is None or shape[-1] == 1 else tensor.stride(-1) for tensor in tensors]
-    strides = list(zip(outer_strides, inner_strides, column_strides, strict=True))
-    rows = math.prod(shape[:-1])
-    return Rows(list(tensors), strides, rows, inner if len(folded) == 2 else None)
-
-
-def _fold(shape: Sequence[int], tensors: Sequence[Tensor | None]) -> list[tuple[int, list[int]]]:
-    """The leading dimensions as (size, strides of the tensors), folded where all tensors allow it."""
     folded: list[tuple[int, list[int]]] = []
     for dim, size in enumerate(shape[:-1]):
         strides = [0 if tensor is None else tensor.stride(dim) for tensor in tensors]
@@ -67,7 +48,20 @@ def _fold(shape: Sequence[int], tensors: Sequence[Tensor | None]) -> list[tuple[
             folded[-1] = (folded[-1][0] * size, strides)
         else:
             folded.append((size, strides))
-    return folded
+    folded = folded or [(1, [0] * len(tensors))]
+    # PyTorch gives a dimension of size 1 any stride; as 1 it does not look like columns far apart.
+    columns = [1 if tensor is None or shape[-1] == 1 else tensor.stride(-1) for tensor in tensors]
+    strides_of = list(zip(*(strides for _, strides in folded), columns, strict=True))
+    return Rows(strides_of, math.prod(shape[:-1]), tuple(size for size, _ in folded[1:]))
+
+
+def as_odd(numbers: Sequence[int]) -> tuple[int, ...]:
+    """Numbers that are not negative as odd ones above 1; `blocks.from_odd` takes it back.
+
+    Triton compiles anew for a number in a tuple that is 1 or a multiple of 16, do_not_specialize or not. What
+    loads may assume of a row is ALIGN's to say, so that one alone is summed by the program that sums many.
+    """
+    return tuple(2 * number + 3 for number in numbers)
 
 
 class Block(NamedTuple):
@@ -134,25 +128,21 @@ def width_of(rows: Rows, columns: int) -> int:
     limit = 2**31 - 2**16
     if rows.rows >= limit:
         return 2
-    inner = rows.inner or rows.rows
-    outer = rows.rows // inner
-    spans = [(outer - 1) * s[0] + (inner - 1) * s[1] + (columns - 1) * s[2] for s in rows.strides]
+    sizes = (rows.rows // math.prod(rows.inner), *rows.inner, columns)
+    spans = [sum((size - 1) * step for size, step in zip(sizes, s, strict=True)) for s in rows.strides]
     return max(FORCED_WIDTH, int(max([rows.rows * columns, *spans]) >= limit))
 
 
 class Launch(NamedTuple):
-    """What a launcher passes on to its kernel besides its own arguments."""
+    """What a launcher passes on to its kernel besides its own arguments: `*geometry` and `**options`."""
 
     grid: tuple[int, int]
-    tensors: list[Tensor | None]
-    strides: list[tuple[int, int, int]]
-    rows: int
-    inner: int | None
+    rows: Rows
     options: dict[str, Any]
 
     @property
     def geometry(self) -> tuple[Any, ...]:
-        return (*self.strides, self.rows, self.inner)
+        return (*map(as_odd, self.rows.strides), self.rows.rows, as_odd(self.rows.inner))
 
 
 def plan(
@@ -160,12 +150,12 @@ def plan(
     outputs: Sequence[Tensor | None],
     weights: Sequence[Tensor | None] = (),
     *,
-    tiled: bool = True,
+    walked: bool = False,
 ) -> Launch:
     """The launch for `[..., d]` inputs of any strides and contiguous outputs, all of one shape.
 
-    The grid is one of blocks of rows and of columns, or, not `tiled`, of rows alone, which a program walks.
-    `weights` are `[...]`, of any strides: one number for each row. They follow the inputs in what is returned.
+    The grid is one of blocks of rows and of pieces of them, or, `walked`, of rows alone: a program takes all pieces.
+    `weights` are `[...]`, of any strides: one number for each row. Their strides follow those of the inputs.
     """
     full = [tensor for tensor in (*inputs, *outputs) if tensor is not None]
     shape = full[0].shape
@@ -175,22 +165,21 @@ def plan(
     itemsize = max(tensor.element_size() for tensor in full)
     vector = min(alignment(tensor) // tensor.element_size() for tensor in full)
     block = block_for(columns, itemsize, vector)
-    read = rows.tensors[: len(inputs)]
     options = {
         "COLUMNS": columns,
-        "ALIGN": tuple(0 if tensor is None else alignment(tensor) for tensor in read),
+        "ALIGN": tuple(0 if tensor is None else alignment(tensor) for tensor in inputs),
         "WIDTH": width_of(rows, columns),
         "BLOCK_ROWS": block.rows,
         "BLOCK_COLUMNS": block.columns,
         "PARTS": block.per_thread // 4,
         "num_warps": block.warps,
     }
-    grid = triton.cdiv(rows.rows, block.rows), triton.cdiv(columns, block.columns) if tiled else 1
+    grid = triton.cdiv(rows.rows, block.rows), 1 if walked else triton.cdiv(columns, block.columns)
     if grid[1] > _MAX_PIECES:
         raise ValueError(
             f"the Triton kernels take rows of at most {_MAX_PIECES * block.columns} columns, not {columns}"
         )
-    return Launch(grid, rows.tensors, rows.strides, rows.rows, rows.inner, options)
+    return Launch(grid, rows, options)
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:

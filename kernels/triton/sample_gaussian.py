@@ -10,7 +10,7 @@ from .layout import on_device_of, plan
 from .philox import philox_normal
 
 
-@triton.jit(do_not_specialize=["temperature", "stream", "rows", "inner"])
+@triton.jit(do_not_specialize=["temperature", "stream", "rows"], do_not_specialize_on_alignment=["mean", "logvar"])
 def sample_gaussian_forward_kernel(
     mean,
     logvar,
@@ -47,7 +47,7 @@ def sample_gaussian_forward_kernel(
     store(z, row, start, z_block, mask, COLUMNS, WIDTH)
 
 
-@triton.jit(do_not_specialize=["temperature", "stream", "rows", "inner"])
+@triton.jit(do_not_specialize=["temperature", "stream", "rows"], do_not_specialize_on_alignment=["grad_z", "logvar"])
 def sample_gaussian_backward_kernel(
     grad_z,
     logvar,
@@ -92,7 +92,7 @@ def sample_gaussian_forward(
     launch = plan([mean, logvar], [z])
     with on_device_of(z):
         sample_gaussian_forward_kernel[launch.grid](
-            *launch.tensors, seed, temperature, stream, z, *launch.strides, launch.rows, launch.inner, **launch.options
+            mean, logvar, seed, temperature, stream, z, *launch.geometry, **launch.options
         )
 
 
@@ -105,13 +105,5 @@ def sample_gaussian_backward(
     launch = plan([grad_z, logvar], [grad_logvar])
     with on_device_of(grad_logvar):
         sample_gaussian_backward_kernel[launch.grid](
-            *launch.tensors,
-            seed,
-            temperature,
-            stream,
-            grad_logvar,
-            *launch.strides,
-            launch.rows,
-            launch.inner,
-            **launch.options,
+            grad_z, logvar, seed, temperature, stream, grad_logvar, *launch.geometry, **launch.options
         )
