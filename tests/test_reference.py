@@ -131,6 +131,29 @@ def test_gradcheck(function, stop_gradient):
             torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize(("dtype", "first"), [(torch.float32, 177.0), (torch.float64, 1419.0)])
+def test_no_gap_is_no_gap_up_to_where_the_unit_ends(dtype, first):
+    """Through the log-variances at which what the gap is divided by leaves the dtype."""
+    logvar = torch.linspace(-first, -first - 1, 10001, dtype=dtype)[:, None].requires_grad_()
+    mean = torch.zeros_like(logvar, requires_grad=True)
+    for kl in oracle(mean, logvar, mean, logvar, torch.zeros_like(mean))[1:]:
+        assert torch.count_nonzero(kl) == 0
+        for grad in torch.autograd.grad(kl.sum(), [mean, logvar]):
+            assert torch.count_nonzero(grad) == 0
+
+
+def test_a_gap_in_too_small_a_unit_overflows():
+    mean, logvar, zero = torch.tensor([[1e-3], [-200.0], [0.0]])
+    assert all(kl.isinf() for kl in oracle(mean, logvar, zero, logvar, zero)[1:])
+
+
+def test_no_gap_has_its_second_derivative():
+    logvar = torch.tensor([-2.0, 3.0], dtype=torch.float64)
+    zeros = torch.zeros_like(logvar)
+    hessian = torch.func.hessian(lambda mean: oracle(mean, logvar, zeros, logvar, zeros).reverse_kl)(zeros)
+    torch.testing.assert_close(hessian.diagonal(), torch.exp(-logvar), rtol=1e-14, atol=0)
+
+
 def test_phi_and_its_derivatives_are_accurate_and_smooth():
     sizes = [10.0**-k for k in range(1, 13)] + [0.3, 0.4999999, 0.5, 0.50001, 1.0, 3.0, 30.0, 85.0]
     t = torch.tensor([sign * size for size in sizes for sign in (1, -1)], dtype=torch.float64, requires_grad=True)

@@ -150,6 +150,15 @@ X = torch.zeros(2, 3)
         (lambda: amvl_fast.sample_gaussian(X, X, stream=True), "stream is True"),
         (lambda: amvl_fast.gaussian_noise((), 0), r"shape is \[\]"),
         (lambda: amvl_fast.gaussian_noise((2, -1), 0), r"shape is \[2, -1\]"),
+        (lambda: amvl_fast.gaussian_noise((2.7, 3), 0), r"shape is \(2\.7, 3\); pass a sequence of ints"),
+        (lambda: amvl_fast.gaussian_noise(5, 0), "shape is 5; pass a sequence of ints"),
+        (lambda: amvl_fast.gaussian_noise("23", 0), "shape is '23'; pass a sequence of ints"),
+        (
+            lambda: amvl_fast.gaussian_noise((2, 3), 0, device="gpu"),
+            r"gaussian_noise: device is 'gpu' \(.*gpu.*\); pass",
+        ),
+        (lambda: amvl_fast.gaussian_noise((2, 3), 0, device=1.5), r"device is 1\.5 \("),
+        (lambda: amvl_fast.gaussian_noise((2, 3), 0, device="cuda:99"), "device is 'cuda:99'"),
         (lambda: amvl_fast.sample_gaussian(X, X, backend="numpy"), "'triton', .*'torch'"),
         (
             lambda: amvl_fast.gaussian_dual_kl(*[X.double().to(device_for("triton"))] * 4, backend="triton"),
@@ -199,6 +208,27 @@ def test_a_named_backend_never_falls_back(without_kernels, monkeypatch):
     monkeypatch.setenv("AMVL_FAST_BACKEND", "fast")
     with pytest.raises(AMVLError, match="AMVL_FAST_BACKEND='fast' is not a backend"):
         amvl_fast.gaussian_noise((2, 3), 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ModuleNotFoundError("No module named 'kernels'"), "not installed (No module"),
+        (OSError("cannot open it"), "library is missing (cannot open it)"),
+        (ImportError("built from other sources"), "different versions (built from other sources): reinstall"),
+        (AttributeError("undefined symbol"), "different versions (undefined symbol): reinstall"),
+    ],
+)
+def test_what_does_not_load_says_why(monkeypatch, error, reason):
+    def fail(name):
+        raise error
+
+    monkeypatch.setattr(backends, "import_module", fail)
+    backends._import_kernels.cache_clear()
+    try:
+        assert reason in backend_status()["cpu"]
+    finally:
+        backends._import_kernels.cache_clear()
 
 
 @pytest.mark.parametrize("backend", KERNELS)

@@ -155,13 +155,67 @@ def test_torch_func_is_refused_by_kernels_and_taken_by_torch(backend, device):
     def sample(mean, logvar, backend):
         return amvl_fast.sample_gaussian(mean, logvar, seed=0, backend=backend).sum()
 
-    for name, op in [("gaussian_dual_kl", dual), ("sample_gaussian", sample)]:
+    def noise(mean, logvar, backend):
+        return (mean * amvl_fast.gaussian_noise(mean.shape, 0, device=device, backend=backend)).sum()
+
+    for name, op in [("gaussian_dual_kl", dual), ("sample_gaussian", sample), ("gaussian_noise", noise)]:
         for transform in (torch.func.vmap, torch.func.grad):
             with pytest.raises(AMVLError, match=f"{name}: the kernels cannot be transformed by torch.func") as error:
                 transform(lambda m, v, op=op: op(m, v, backend))(mean, logvar)
             assert "\n" not in str(error.value)
         mapped = torch.func.vmap(lambda m, v, op=op: op(m, v, "torch"))(mean, logvar)
         torch.testing.assert_close(mapped, torch.stack([op(m, v, "torch") for m, v in zip(mean, logvar, strict=True)]))
+
+
+def drawing(device, backend):
+    """Each op, with a seed that it draws."""
+    ops = amvl_fast
+    return {
+        "gaussian_dual_kl": lambda x: ops.gaussian_dual_kl(x, x, x, x, backend=backend).z.sum(),
+        "sample_gaussian": lambda x: ops.sample_gaussian(x, x, backend=backend).sum(),
+        "gaussian_noise": lambda x: (x + ops.gaussian_noise(x.shape, None, device=device, backend=backend)).sum(),
+    }
+
+
+def test_kernels_refuse_torch_func_before_they_draw_a_seed(backend, device):
+    x = torch.randn(3, 8, device=device)
+    for name, op in drawing(device, backend).items():
+        for transform in (torch.func.vmap, torch.func.grad):
+            with pytest.raises(AMVLError, match=f"{name}: the kernels cannot be transformed by torch.func"):
+                transform(op)(x)
+
+
+def test_kernels_refuse_a_mapped_backward_pass(backend, device):
+    mean, logvar, *_ = inputs = leaves((3, 8), device)
+    for name, output in [
+        ("gaussian_dual_kl", amvl_fast.gaussian_dual_kl(*inputs, seed=0, backend=backend).z),
+        ("sample_gaussian", amvl_fast.sample_gaussian(mean, logvar, seed=0, backend=backend)),
+    ]:
+        with pytest.raises(AMVLError, match=f"{name}: the kernels cannot be transformed by torch.func"):
+            torch.func.vmap(lambda g, z=output: torch.autograd.grad(z, inputs[:2], g))(torch.ones(2, 3, 8).to(device))
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_vmap_draws_seeds_as_it_is_told(randomness):
+    for op in drawing("cpu", "torch").values():
+        first, second = torch.func.vmap(op, randomness=randomness)(torch.zeros(2, 3, 8))
+        assert (first == second) == (randomness == "same")
+
+
+@compiles
+def test_temperatures_share_a_graph():
+    """With the kernels each is compiled anew: PyTorch hands an operator of ours no number that it does not know."""
+    counter = CompileCounterWithBackend("inductor")
+
+    def sample(mean, logvar, temperature):
+        return amvl_fast.sample_gaussian(mean, logvar, temperature=temperature, seed=0, backend="torch")
+
+    compiled = torch.compile(sample, backend=counter, fullgraph=True)
+    mean, logvar = leaves((3, 8), "cpu")[:2]
+    for temperature in (0.2, 0.5, 0.7, 1.0, 1.3):
+        right, got = sample(mean, logvar, temperature), compiled(mean, logvar, temperature)
+        torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count == 2
 
 
 def test_second_derivatives_are_refused_by_kernels(backend, device):

@@ -34,10 +34,15 @@ def _import_kernels(name: str) -> ModuleType | str:
             return f"Triton cannot be imported ({error}); it is published for Linux only: pip install triton"
     try:
         return import_module(f"amvl_fast.kernels.{name}")
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         return f"its kernels are not installed ({error}): pip install amvl-fast, or -e . in a checkout"
     except OSError as error:
         return f"its library is missing ({error}): install amvl-fast from source where there is a C++ compiler"
+    except (ImportError, AttributeError) as error:
+        return (
+            f"its kernels and what they load are of different versions ({error}): "
+            "reinstall amvl-fast, with pip install -e . in a checkout"
+        )
 
 
 @cache

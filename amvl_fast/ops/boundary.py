@@ -48,31 +48,29 @@ def boundary(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
     return register
 
 
-def apply(function: type[torch.autograd.Function], op: str, *arguments: Any) -> Any:
-    """`function.apply(*arguments)`, for a function of kernels whose `forward` takes its context.
+def no_transforms(op: str) -> None:
+    """Refuse to run kernels on the wrapped tensors of torch.func, which have no memory.
 
-    The form that torch.func wants, with a `setup_context`, binds its arguments by name at every call, which takes
-    longer than the kernel of the paper's latents. And what would `torch.func.vmap` mean for noise that counts rows?
+    The form of an autograd function that torch.func wants, with a `setup_context`, binds its arguments by name at
+    every call, which takes longer than the kernel of the paper's latents. And what would `torch.func.vmap` mean for
+    noise that counts rows?
 
     Raises:
         AMVLError: under a transform of torch.func.
     """
-    try:
-        return function.apply(*arguments)
-    except RuntimeError as error:
-        if "functorch transforms" not in str(error):
-            raise
+    if torch._C._are_functorch_transforms_active():
         raise AMVLError(
             f"{op}: the kernels cannot be transformed by torch.func (vmap, grad, ...); use backend='torch', or pass a "
             "mapped dimension as a leading one, which needs no vmap."
-        ) from None
+        )
 
 
 def first_derivatives_only(op: str) -> None:
     """Refuse a backward pass that is to be differentiated itself: the kernels' gradients would count as constants.
 
     Raises:
-        AMVLError: where gradients are computed with `create_graph=True`.
+        AMVLError: where gradients are computed with `create_graph=True`, or under a transform of torch.func.
     """
+    no_transforms(op)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise AMVLError(f"{op}: the kernels give first derivatives only; use backend='torch' with create_graph=True.")

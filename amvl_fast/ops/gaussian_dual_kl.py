@@ -9,7 +9,7 @@ from torch import Tensor
 
 from amvl_fast.ops.arguments import broadcast_inputs, seed_tensor
 from amvl_fast.ops.backends import choose_backend, kernels_of
-from amvl_fast.ops.boundary import apply, boundary, first_derivatives_only
+from amvl_fast.ops.boundary import boundary, first_derivatives_only, no_transforms
 from amvl_fast.ops.philox import philox_normal
 from amvl_fast.reference.gaussian import DualKL
 from amvl_fast.reference.gaussian import gaussian_dual_kl as reference_gaussian_dual_kl
@@ -164,9 +164,10 @@ def gaussian_dual_kl(
     )
     device = inputs[0].device
     name = choose_backend(backend, inputs, device)
-    seed = seed_tensor(op, seed, device)
     if name != "torch":
-        return DualKL(*apply(_DualKL, op, *inputs, seed, stop_gradient, name))
+        no_transforms(op)
+        return DualKL(*_DualKL.apply(*inputs, seed_tensor(op, seed, device), stop_gradient, name))
+    seed = seed_tensor(op, seed, device)
     noise = philox_normal(inputs[0].shape, seed)
     mean_q, logvar_q, mean_p, logvar_p = inputs
     return reference_gaussian_dual_kl(mean_q, logvar_q, mean_p, logvar_p, noise, stop_gradient=stop_gradient)

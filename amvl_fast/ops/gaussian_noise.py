@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from amvl_fast.errors import AMVLError
 from amvl_fast.ops.arguments import check_stream, seed_tensor
 from amvl_fast.ops.backends import choose_backend, kernels_of
-from amvl_fast.ops.boundary import boundary
+from amvl_fast.ops.boundary import boundary, no_transforms
 from amvl_fast.ops.philox import philox_normal
 
 
@@ -52,8 +53,8 @@ def gaussian_noise(
         A float32 tensor of the given shape.
 
     Raises:
-        AMVLError: (a ValueError) for a shape without dimensions or with a negative one, a bad seed or
-            stream, or a backend that cannot run here.
+        AMVLError: (a ValueError) for a shape that is no sequence of ints, without dimensions or with a negative one,
+            a bad seed or stream, or a device or backend that cannot run here.
 
     Example:
         >>> noise = gaussian_noise((2, 3, 8), seed=0)
@@ -61,14 +62,24 @@ def gaussian_noise(
         True
     """
     op = "gaussian_noise"
-    shape = tuple(int(size) for size in shape)
+    try:
+        # The index of a symbolic size would be the number itself, and every length be compiled anew.
+        shape = tuple(size if isinstance(size, (int, torch.SymInt)) else operator.index(size) for size in shape)
+    except TypeError:
+        raise AMVLError(f"{op}: shape is {shape!r}; pass a sequence of ints.") from None
     if not shape or min(shape) < 0:
         raise AMVLError(f"{op}: shape is {list(shape)}; pass at least one dimension and no negative size.")
-    # An empty tensor resolves "cuda" to the current device, index included.
-    device = torch.empty(0, device=device).device
-    seed = seed_tensor(op, seed, device)
+    try:
+        # An empty tensor resolves "cuda" to the current device, index included.
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise AMVLError(f"{op}: device is {device!r} ({reason}); pass one that is here, such as 'cpu'.") from None
     stream = check_stream(op, stream)
     name = choose_backend(backend, [], device)
+    if name != "torch":
+        no_transforms(op)
+    seed = seed_tensor(op, seed, device)
     if name == "torch":
         return philox_normal(shape, seed, stream=stream)
     return _noise(shape, seed, stream, name)

@@ -11,7 +11,7 @@ from torch import Tensor
 from amvl_fast.errors import AMVLError
 from amvl_fast.ops.arguments import broadcast_inputs, check_stream, seed_tensor
 from amvl_fast.ops.backends import choose_backend, kernels_of
-from amvl_fast.ops.boundary import apply, boundary, first_derivatives_only
+from amvl_fast.ops.boundary import boundary, first_derivatives_only, no_transforms
 from amvl_fast.ops.philox import philox_normal
 
 
@@ -105,12 +105,14 @@ def sample_gaussian(
     mean, logvar = broadcast_inputs(op, mean=mean, logvar=logvar)
     stream = check_stream(op, stream)
     name = choose_backend(backend, (mean, logvar), mean.device)
+    if name != "torch":
+        no_transforms(op)
     seed = seed_tensor(op, seed, mean.device)
     if temperature == 0.0:
         # Not 0 * exp(logvar / 2): that is NaN where the exponential overflows.
         return mean.clone(memory_format=torch.contiguous_format)
     if name != "torch":
-        return apply(_Sample, op, mean, logvar, seed, temperature, stream, name)
+        return _Sample.apply(mean, logvar, seed, temperature, stream, name)
     compute = torch.float64 if torch.float64 in (mean.dtype, logvar.dtype) else torch.float32
     noise = philox_normal(mean.shape, seed, stream=stream).to(compute)
     return (mean.to(compute) + temperature * torch.exp(logvar.to(compute) / 2) * noise).to(mean.dtype)

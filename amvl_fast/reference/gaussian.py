@@ -48,6 +48,14 @@ def phi(t: Tensor) -> Tensor:
     return torch.where(near, small * small * series, torch.expm1(large) - large)
 
 
+def in_deviations(gap: Tensor, logvar: Tensor) -> Tensor:
+    """`gap * exp(-logvar / 2)`, whose square overflows only where `gap**2 * exp(-logvar)` does; no gap is 0."""
+    exponent = logvar / -2
+    overflows = exponent >= math.log(torch.finfo(exponent.dtype).max)
+    # 0 * inf would be NaN.
+    return gap * torch.exp(torch.where(overflows & (gap == 0), 0.0, exponent))
+
+
 def gaussian_dual_kl(
     posterior_mean: Tensor,
     posterior_logvar: Tensor,
@@ -102,9 +110,8 @@ def gaussian_dual_kl(
     def stopped(t: Tensor) -> Tensor:
         return t.detach() if stop_gradient else t
 
-    # The halved exponent first: exp(-logvar_p) may overflow where the squared gap does not.
-    gap = (stopped(mean_q) - mean_p) * torch.exp(-logvar_p / 2)
+    gap = in_deviations(stopped(mean_q) - mean_p, logvar_p)
     forward_kl = 0.5 * (phi(stopped(logvar_q) - logvar_p) + gap.square()).sum(-1)
-    gap = (mean_q - stopped(mean_p)) * torch.exp(-logvar_q / 2)
+    gap = in_deviations(mean_q - stopped(mean_p), logvar_q)
     reverse_kl = 0.5 * (phi(stopped(logvar_p) - logvar_q) + gap.square()).sum(-1)
     return DualKL(z.to(posterior_mean.dtype), forward_kl, reverse_kl)
