@@ -60,17 +60,17 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--max-new-tokens", type=positive, default=64)
     verb.set_defaults(run=run_generate)
 
-    verb = verbs.add_parser("bench", help="measure the latent ops beside their peers, with tables and plots")
+    verb = verbs.add_parser("bench", help="measure gaussian_dual_kl beside its peers, with tables and plots")
     verb.add_argument(
         "--output",
         metavar="DIR",
-        help="where to write; by default a folder for this machine, and with --compile nowhere",
+        help="where to write files; by default a folder for this machine, and with --compile nowhere",
     )
     verb.add_argument("--quick", action="store_true", help="small sizes only, to see that everything works")
     verb.add_argument(
         "--compile",
         action="store_true",
-        help="compile the GPU kernels instead, without a GPU, and report on their code",
+        help="compile the GPU kernels instead, without a GPU, and print a report on their code",
     )
     verb.set_defaults(run=run_bench)
 

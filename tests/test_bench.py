@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 
 import numpy
@@ -22,7 +23,7 @@ from amvl_fast.bench.gate import GateError, check
 from amvl_fast.bench.machine import CHECKOUT, line, machine, slug
 from amvl_fast.bench.measure import Budget, interleave, percentile, speedup
 from amvl_fast.bench.plots import write_plots
-from amvl_fast.bench.providers import Provider, call, distributions, eager, ours, providers
+from amvl_fast.bench.providers import Provider, Replay, call, distributions, eager, ours, providers
 from amvl_fast.bench.results import COLUMNS, as_csv, as_json, printed
 from amvl_fast.bench.suite import Suite, timings
 from amvl_fast.cli import main
@@ -201,6 +202,25 @@ def test_backward_alone_leaves_forward_out_of_the_clock():
     assert len(timed()) == 7 and called == [4]
 
 
+def test_a_replay_keeps_what_its_graph_reads():
+    captured = []
+
+    def capture(inputs):
+        captured.append(inputs)
+        return [SimpleNamespace(replay=lambda: None)], (inputs.leaves[0] + 1,)
+
+    replay = Replay(eager, "full")
+    replay.capture = lambda inputs: capture(inputs)
+    for seed in range(3):  # each at the address of the last one, were that let go
+        inputs = make_inputs(SMALL, CPU, seed=seed)
+        expected = inputs.leaves[0] + 1
+        assert replay(inputs)()[0].equal(expected) and replay(inputs)()[0].equal(expected)
+        leaf = weakref.ref(inputs.leaves[0])
+        captured.clear()
+        del inputs
+        assert leaf() is not None
+
+
 def test_peak_memory_counts_what_lives_at_once():
     x = torch.ones(2**18)
 
@@ -220,7 +240,11 @@ def test_the_suite_is_what_the_design_asks_for():
     full = cases()
     assert len(set(full)) == len(full)
     ladder = [case for case in full if case.d == 512 and case.dtype == torch.float32]
-    assert {case.mode for case in ladder} == set(cases_module.MODES)
+    assert {case.batch for case in ladder} == set(cases_module.LADDER)
+    kinds = {(case.batch, case.d, case.dtype) for case in full}
+    assert len(full) == len(kinds) * len(cases_module.MODES)
+    for batch in cases_module.MIDDLE:
+        assert {(batch, 64, torch.float32), (batch, 2048, torch.float32), (batch, 512, torch.bfloat16)} <= kinds
     assert ladder[0].shape == (1, 8, 512) and ladder[-1].shape == (4096, 8, 512)
     assert {case.d for case in full} == {64, 512, 2048}
     assert {case.dtype for case in full} == {torch.float32, torch.bfloat16}
@@ -306,6 +330,15 @@ def test_an_interrupted_bench_leaves_what_was_there(quick, tmp_path, monkeypatch
     monkeypatch.setattr(run, "run_pytest", lambda *_, **__: interrupt())
     assert main(["bench", "--output", str(tmp_path)]) == 130
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_help_says_what_is_measured_and_where_it_is_written(capsys):
+    for arguments in (["--help"], ["bench", "--help"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "measure gaussian_dual_kl" in text
+    assert "by default a folder for this machine, and with --compile nowhere" in text
 
 
 def test_bench_compile_prints_the_report(monkeypatch, capsys, tmp_path):

@@ -1,23 +1,14 @@
-"""The C++ kernels: what they promise beyond the other backends, and an installation that has to do without them.
+"""The C++ kernels: what they promise beyond the other backends.
 
 A row has the same bits whatever its layout, the threads and the way to memory. Instruction sets agree to float32
-rounding, each within the limits of all backends; every one that this processor has is tested.
+rounding, each within the limits of all backends; every one that this processor has is tested, and the code that
+machines other than x86 compile.
 """
-
-import ctypes
-import importlib.util
-import json
-import os
-import shutil
-import subprocess
-import sys
-import zipfile
-from pathlib import Path
 
 import pytest
 import torch
+from cpu_builds import build, copy_of_checkout, load, needs_compiler
 from latent_ops import (
-    NO_COMPILER,
     REGIMES,
     TINY,
     bound_of,
@@ -31,11 +22,8 @@ from latent_ops import (
 
 import amvl_fast
 
-CHECKOUT = Path(__file__).resolve().parents[1]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SEED = torch.tensor([7])
-
-needs_compiler = pytest.mark.skipif(lacks_compiler("cpu"), reason=NO_COMPILER)
 
 
 def instruction_sets() -> list[str]:
@@ -52,18 +40,44 @@ def instruction_sets() -> list[str]:
 
 SETS = instruction_sets()
 
+# Runs setup.py as on a machine that is no x86; the macro makes the compiler take that machine's code.
+ELSEWHERE = """
+import platform, runpy
+platform.machine = lambda: "riscv64"
+runpy.run_path("setup.py", run_name="__main__")
+"""
 
-@pytest.fixture(params=[pytest.param(name, marks=needs_compiler) for name in SETS])
-def kernels(request):
-    """The kernels, with each instruction set in turn."""
+
+@pytest.fixture(scope="module")
+def portable(tmp_path_factory):
+    """The library as any other machine builds it, and what the build printed."""
+    checkout = copy_of_checkout(tmp_path_factory.mktemp("portable"))
+    printed = build(checkout, "build_ext", "--inplace", setup=["-c", ELSEWHERE], CPPFLAGS="-DAMVL_FAST_PORTABLE")
+    return load(checkout / "kernels" / "cpu")._library, printed
+
+
+@pytest.fixture(params=[pytest.param(name, marks=needs_compiler) for name in [*SETS, "portable"]])
+def kernels(request, monkeypatch):
+    """The kernels, with each instruction set in turn, and those of the portable library."""
     from amvl_fast.kernels import cpu
 
     before, threads = cpu.instructions(), torch.get_num_threads()
-    assert cpu.use_instructions(request.param)
-    assert cpu.instructions() == request.param
+    if request.param == "portable":
+        monkeypatch.setattr(cpu, "_library", request.getfixturevalue("portable")[0])
+        assert cpu.instructions() == "baseline"
+    else:
+        assert cpu.use_instructions(request.param)
+        assert cpu.instructions() == request.param
     yield cpu
     torch.set_num_threads(threads)
+    monkeypatch.undo()
     assert cpu.use_instructions(before)
+
+
+def use_baseline(kernels, monkeypatch):
+    """What every processor of this machine's kind can run, of the library that is installed."""
+    monkeypatch.undo()
+    assert kernels.use_instructions("baseline")
 
 
 def every_kernel(kernels, inputs, upstream) -> list[torch.Tensor]:
@@ -102,19 +116,20 @@ def test_an_instruction_set_that_is_not_there_changes_nothing(kernels):
     assert kernels.instructions() == before
 
 
-def test_the_best_instruction_set_is_the_default(kernels):
+def test_the_best_instruction_set_is_the_default(kernels, request):
     assert kernels.use_instructions(None)
-    assert kernels.instructions() == SETS[0]
+    is_portable = request.node.callspec.params["kernels"] == "portable"
+    assert kernels.instructions() == ("baseline" if is_portable else SETS[0])
 
 
-def test_words_are_the_same(kernels):
+def test_words_are_the_same(kernels, monkeypatch):
     def words():
         out = torch.empty(5, 203, dtype=torch.int32)
         kernels.philox_words(out, torch.tensor([-5]), 2**32 - 1, 2**32 - 3)
         return out
 
     got = words()
-    assert kernels.use_instructions("baseline")
+    use_baseline(kernels, monkeypatch)
     assert torch.equal(got, words())
 
 
@@ -131,13 +146,32 @@ def test_accuracy(kernels, regime, stop_gradient):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sets_agree(kernels, dtype):
+def test_sets_agree(kernels, monkeypatch, dtype):
     """To float32 rounding; a narrow dtype shows few of these differences, and those whole."""
     inputs, upstream = random_tensors((8, 331), dtype)
     got = every_kernel(kernels, inputs, upstream)
-    assert kernels.use_instructions("baseline")
+    use_baseline(kernels, monkeypatch)
     for a, b in zip(got, every_kernel(kernels, inputs, upstream), strict=True):
         assert relative_error(a, b) < (1e-6 if a.dtype == torch.float32 else torch.finfo(dtype).eps / 10)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernels", ["portable"], indirect=True)
+def test_portable_code_has_the_same_bits(kernels, monkeypatch, dtype):
+    """As the baseline: as many lanes, the same arithmetic."""
+    inputs, upstream = random_tensors((8, 331), dtype)
+    got = every_kernel(kernels, inputs, upstream)
+    use_baseline(kernels, monkeypatch)
+    assert_same_bits(got, every_kernel(kernels, inputs, upstream))
+
+
+@needs_compiler
+def test_other_machines_get_no_flags_of_x86(portable):
+    library, printed = portable
+    assert "kernels/cpu/kernels.cpp" in printed and "-O3" in printed
+    assert not {"-mavx2", "-mfma", "-mavx512f"} & set(printed.split())
+    assert not library.amvl_choose(b"avx2")
 
 
 # --- conversions ---
@@ -295,124 +329,3 @@ def test_stores_past_the_caches_give_the_same_bits(kernels, monkeypatch, dtype, 
     large = every_kernel(kernels, inputs, upstream)
     monkeypatch.setattr(kernels, "_BYTES_PAST_CACHES", 1 << 60)
     assert_same_bits(large, every_kernel(kernels, inputs, upstream))
-
-
-# --- without the library, or with another one ---
-
-REPORT = """
-import json, torch, amvl_fast
-from amvl_fast import doctor
-x = torch.ones(2, 3)
-automatic = amvl_fast.gaussian_dual_kl(x, x, x, x, seed=1)
-same = all(map(torch.equal, automatic, amvl_fast.gaussian_dual_kl(x, x, x, x, seed=1, backend="torch")))
-try:
-    error = str(amvl_fast.gaussian_dual_kl(x, x, x, x, seed=1, backend="cpu"))
-except amvl_fast.errors.AMVLError as refusal:
-    error = f"AMVLError: {refusal}"
-print(json.dumps([amvl_fast.__file__, doctor.report(), same, error]))
-"""
-
-
-def assert_missing(site: Path, reason: str):
-    """The package that is installed there works, without the cpu backend, and says why."""
-    environment = {name: value for name, value in os.environ.items() if name != "AMVL_FAST_BACKEND"}
-    result = subprocess.run(
-        [sys.executable, "-c", REPORT],
-        cwd=site,
-        env={**environment, "PYTHONPATH": str(site)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    file, doctor, same_as_torch, error = json.loads(result.stdout)
-    assert file.startswith(str(site))
-    (line,) = [line for line in doctor.splitlines() if line.startswith("backend cpu")]
-    assert "missing" in line and reason in line and "install" in line
-    assert same_as_torch
-    assert error.startswith("AMVLError: backend='cpu' cannot run here") and reason in error and "install" in error
-    assert "\n" not in error and error.endswith(".")
-
-
-@pytest.fixture
-def site(tmp_path):
-    """The package as an installation without the library leaves it."""
-    without = shutil.ignore_patterns("__pycache__", "*.so", "*.cpp", "*.h")
-    shutil.copytree(CHECKOUT / "amvl_fast", tmp_path / "amvl_fast", ignore=without)
-    shutil.copytree(CHECKOUT / "kernels" / "cpu", tmp_path / "amvl_fast" / "kernels" / "cpu", ignore=without)
-    return tmp_path
-
-
-def test_without_the_library(site):
-    assert_missing(site, "library is missing")
-
-
-@needs_compiler
-def test_a_library_of_other_sources_is_refused(site):
-    """One with another number, and one so old that it has none."""
-    compiler = next(path for name in ("c++", "g++", "clang++") if (path := shutil.which(name)))
-    folder = site / "amvl_fast" / "kernels" / "cpu"
-    for source in ('extern "C" int amvl_interface() { return -1; }', ""):
-        (site / "other.cpp").write_text(source)
-        (folder / "libamvl_fast.so").unlink(missing_ok=True)
-        command = [compiler, "-shared", "-fPIC", site / "other.cpp", "-o", folder / "libamvl_fast.so"]
-        subprocess.run(command, check=True)
-        specification = importlib.util.spec_from_file_location("other", folder / "__init__.py")
-        with pytest.raises(ImportError, match="built from other sources"):
-            specification.loader.exec_module(importlib.util.module_from_spec(specification))
-    assert_missing(site, "built from other sources")
-
-
-# --- the build ---
-
-
-@pytest.fixture
-def checkout(tmp_path):
-    """Sources to build, with a library that an earlier build left."""
-    checkout = tmp_path / "checkout"
-    for name in ("amvl_fast", "kernels"):
-        shutil.copytree(CHECKOUT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(CHECKOUT / name, checkout)
-    (checkout / "kernels" / "cpu" / "libamvl_fast.so").write_text("old")
-    return checkout
-
-
-def build(checkout: Path, *command: str, **environment: str):
-    result = subprocess.run(
-        [sys.executable, "setup.py", *command],
-        cwd=checkout,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-
-
-def test_a_build_without_a_compiler_leaves_the_kernels_out(checkout, tmp_path):
-    failing = tmp_path / "failing"
-    failing.write_text("#!/bin/sh\nexit 1\n")
-    failing.chmod(0o755)
-    for compiler in ("/nonexistent", str(failing)):
-        build(checkout, "bdist_wheel", CC=compiler, CXX=compiler)
-        (wheel,) = (checkout / "dist").glob("*.whl")
-        names = zipfile.ZipFile(wheel).namelist()
-        assert "amvl_fast/kernels/cpu/__init__.py" in names
-        assert not any(name.endswith(".so") for name in names)
-    # As for an editable install: the old library must not pass for a new one.
-    build(checkout, "build_ext", "--inplace", CC=compiler, CXX=compiler)
-    assert not (checkout / "kernels" / "cpu" / "libamvl_fast.so").exists()
-
-
-@needs_compiler
-def test_a_wheel_has_the_library_and_not_its_sources(checkout, tmp_path):
-    build(checkout, "bdist_wheel")
-    (wheel,) = (checkout / "dist").glob("*.whl")
-    assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
-    archive = zipfile.ZipFile(wheel)
-    assert {Path(name).suffix for name in archive.namelist() if "/kernels/cpu/" in name} == {".py", ".so"}
-    library = archive.extract("amvl_fast/kernels/cpu/libamvl_fast.so", tmp_path)
-    from amvl_fast.kernels import cpu
-
-    assert ctypes.CDLL(library).amvl_interface() == cpu._INTERFACE

@@ -1,4 +1,11 @@
-"""Who is compared: each provider computes (z, forward_kl, reverse_kl) from (mean_q, logvar_q, mean_p, logvar_p)."""
+"""Who is compared: each provider computes (z, forward_kl, reverse_kl) from (mean_q, logvar_q, mean_p, logvar_p).
+
+Each call draws its noise anew and pays for that, as in training, in its time and in its kernels on the GPU. Eager peers
+launch one kernel to write the noise, which they then read; what a compiled one launches is up to its compiler. Ours
+makes the noise where it uses it, and launches one for the seed, which it draws from PyTorch's generator like a user who
+gives none: with the op's own that is two forward, and one more backward. A replayed CUDA graph launches what was
+captured.
+"""
 
 from __future__ import annotations
 
@@ -97,13 +104,13 @@ class Replay:
 
     function: Function
     mode: str
-    captured: dict[int, tuple[list[torch.cuda.CUDAGraph], tuple[Tensor, ...]]] = field(default_factory=dict)
+    captured: dict[int, tuple[Inputs, list[torch.cuda.CUDAGraph], tuple[Tensor, ...]]] = field(default_factory=dict)
 
     def __call__(self, inputs: Inputs) -> Timed:
-        # By id, which cannot be reused: the key's tensors live as long as the graph that reads them.
+        # By id, and held: a graph keeps neither the memory it reads nor the id from being used for something else.
         if id(inputs) not in self.captured:
-            self.captured[id(inputs)] = self.capture(inputs)
-        graphs, results = self.captured[id(inputs)]
+            self.captured[id(inputs)] = inputs, *self.capture(inputs)
+        _, graphs, results = self.captured[id(inputs)]
         for graph in graphs[:-1]:
             graph.replay()
 

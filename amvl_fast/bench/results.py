@@ -39,7 +39,7 @@ GB/s            bytes an ideal implementation moves, the same for all, over p50.
                 5 forward or without gradients (reads 4, writes 1), 9 backward (reads 5, writes 4), 14 full.
 % of copy       of the GB/s that Tensor.copy_ reaches, measured right before and after. More than 100: from caches.
 peak MiB        allocated through PyTorch's allocators at the call's peak, results included, inputs not.
-launches        kernels on the GPU; empty on the CPU.
+launches        kernels on the GPU, those that draw the noise or its seed included; empty on the CPU.
 host us         microseconds until the call returns. On the CPU that of shape (1, 8, 64), where it is all overhead."""
 
 

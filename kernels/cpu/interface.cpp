@@ -22,7 +22,7 @@ const char* instructions = nullptr;
 
 bool choose(const char* name) {
   const bool any = name == nullptr;
-#if defined(__x86_64__)
+#if defined(X86)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&

@@ -4,6 +4,11 @@
 
 #include <cstdint>
 
+// Tests define AMVL_FAST_PORTABLE, to have here what any other machine compiles.
+#if defined(__x86_64__) && !defined(AMVL_FAST_PORTABLE)
+#define X86
+#endif
+
 enum class DType : int64_t { float32, bfloat16, float16 };
 
 // A tensor of the common shape [..., d]: its leading dimensions are folded in `Job`.

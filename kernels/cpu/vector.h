@@ -12,7 +12,9 @@
 #error "Pairs of words are taken apart in little-endian order."
 #endif
 
-#if defined(__SSE2__)
+#include "kernels.h"
+
+#if defined(X86)
 #include <immintrin.h>
 #endif
 
@@ -87,7 +89,7 @@ INLINE void transpose_quads(Float& a, Float& b, Float& c, Float& d) {
   c = (Float)_mm256_unpacklo_pd(ab_high, cd_high), d = (Float)_mm256_unpackhi_pd(ab_high, cd_high);
 }
 
-#elif defined(__SSE2__)
+#elif defined(X86)  // SSE2, which all of them have
 
 INLINE Float square_root(Float x) { return _mm_sqrt_ps(x); }
 INLINE Pair multiply_low_halves(Pair a, Pair b) { return (Pair)_mm_mul_epu32((__m128i)a, (__m128i)b); }
