@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where to write files; by default a folder for this machine, and with --compile nowhere",
     )
-    verb.add_argument("--quick", action="store_true", help="small sizes only, to see that everything works")
+    verb.add_argument("--quick", action="store_true", help="few and small cases only, to see that everything works")
     verb.add_argument(
         "--compile",
         action="store_true",

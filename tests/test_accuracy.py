@@ -28,6 +28,7 @@ from latent_ops import (
     ulp,
 )
 
+import amvl_fast
 from amvl_fast.reference import gaussian_dual_kl as oracle
 from amvl_fast.reference.gaussian import phi
 
@@ -133,6 +134,20 @@ def test_no_gap_is_no_gap_in_any_unit(device, backend, logvar_q, logvar_p):
     assert not any(value.isnan().any() for value in got.values())
     if logvar_q == logvar_p:
         assert all(torch.count_nonzero(got[name]) == 0 for name in NAMES[1:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("logvar_q", "logvar_p", "gap"),
+    [(-170, 10, 1e4), (10, -170, 1e-4), (-100, 100, 1e20), (-170, 170, 1), (-200, -200, 1e-30), (-87, 87, 3)],
+)
+def test_kls_of_extremes(device, backend, logvar_q, logvar_p, gap):
+    """Right where they are a float32, even if only one of the two is; inf where not."""
+    numbers = [torch.full((1, 5), float(number)) for number in (gap, logvar_q, 0, logvar_p)]
+    got = amvl_fast.gaussian_dual_kl(*(t.to(device) for t in numbers), seed=0, backend=backend)
+    right = oracle(*(t.double() for t in numbers), torch.zeros(1, 5).double())
+    for value, expected in zip(got[1:], right[1:], strict=True):
+        torch.testing.assert_close(value.double().cpu(), expected.float().double(), rtol=BOUND, atol=0)
 
 
 @pytest.mark.parametrize("backend", KERNELS)

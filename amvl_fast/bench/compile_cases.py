@@ -174,7 +174,7 @@ def common_cases(wide: bool = True) -> Iterator[Case]:
 
 
 def broad_cases() -> Iterator[Case]:
-    """Every value of every choice, but few combinations: a tenth of `all_cases`, for CI."""
+    """Every value of every choice, but few combinations: few of `all_cases`, for CI."""
     yield from common_cases(wide=False)
     for op, dtypes, width in itertools.product(OPS[:2], DTYPES, WIDTHS):
         if dtypes == "bfloat16" or (dtypes == "float32" and width in (7, 100, 1029, 8192)) or width == 512:

@@ -131,7 +131,7 @@ def report(directory: Path | None = None, *, wide: bool = True) -> str:
     Args:
         directory: where to write compile.csv (a row per specialisation) and compile.json (those and the
             predictions), made if it does not exist; None writes nothing.
-        wide: whether to compile all cases, some 1,400 kernels of about a second each, or the fifth of them that
+        wide: whether to compile all cases, some 1,500 kernels of about a second each, or the fifth of them that
             CI looks at, which has every value of every choice but few combinations.
 
     Returns:

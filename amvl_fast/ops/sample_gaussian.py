@@ -100,7 +100,7 @@ def sample_gaussian(
     """
     op = "sample_gaussian"
     if not isinstance(temperature, (int, float)) or not 0.0 <= temperature < math.inf:
-        raise AMVLError(f"{op}: temperature is {temperature}; pass a finite number that is not negative.")
+        raise AMVLError(f"{op}: temperature is {temperature!r}; pass a finite float that is not negative.")
     temperature = float(temperature)
     mean, logvar = broadcast_inputs(op, mean=mean, logvar=logvar)
     stream = check_stream(op, stream)

@@ -50,10 +50,11 @@ def phi(t: Tensor) -> Tensor:
 
 def in_deviations(gap: Tensor, logvar: Tensor) -> Tensor:
     """`gap * exp(-logvar / 2)`, whose square overflows only where `gap**2 * exp(-logvar)` does; no gap is 0."""
-    exponent = logvar / -2
+    exponent = logvar / -4
     overflows = exponent >= math.log(torch.finfo(exponent.dtype).max)
     # 0 * inf would be NaN.
-    return gap * torch.exp(torch.where(overflows & (gap == 0), 0.0, exponent))
+    root = torch.exp(torch.where(overflows & (gap == 0), 0.0, exponent))
+    return gap * root * root
 
 
 def gaussian_dual_kl(

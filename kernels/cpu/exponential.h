@@ -5,8 +5,6 @@
 
 namespace {
 
-constexpr float LARGEST = 3.40282347e+38f;
-
 // t = STEP * n * ln 2 + r with whole n and |r| <= STEP * ln(2) / 2, for |n| <= 126, and the even and odd part of
 // phi(r) = exp(r) - 1 - r by its Taylor series: phi(r) is their sum and phi(-r) their difference.
 struct Reduced {
@@ -34,33 +32,48 @@ INLINE Reduced reduce(Float t, Float rest) {
 }
 
 // In steps of 2 ln 2 the power of two is a square: multiplying twice by its root overflows and underflows only
-// where the result does. Beyond the bounds that is everywhere.
-INLINE Reduced reduce_for_exp(Float t) { return reduce<2>(at_least(-105.0f, at_most(105.0f, t)), Float{}); }
+// where the result does. Beyond the bounds that is everywhere: even where the smallest gap that float32 has is
+// multiplied, the square of the product overflows.
+INLINE Reduced reduce_for_exp(Float t) { return reduce<2>(at_least(-150.0f, at_most(150.0f, t)), Float{}); }
 
 INLINE Float exp(Float t) {
   const Reduced x = reduce_for_exp(t);
   return (1.0f + (x.even + (x.r + x.odd))) * x.up * x.up;
 }
 
-// exp(t) and exp(-t), the latter kept finite so that its product with 0 is 0.
-INLINE void exp_both_ways(Float t, Float& up, Float& down) {
+// exp(-t) as what multiplies a number, one factor at a time: neither 0 times infinity nor an overflow on the way to a
+// product that is none.
+struct Inverse {
+  Float series, root;
+};
+
+INLINE Float times(Float number, const Inverse& inverse) {
+  return number * inverse.series * inverse.root * inverse.root;
+}
+
+INLINE Inverse exp_minus(Float t) {
+  const Reduced x = reduce_for_exp(t);
+  return {1.0f + (x.even - (x.r + x.odd)), x.down};
+}
+
+// exp(t) and exp(-t).
+INLINE void exp_both_ways(Float t, Float& up, Inverse& down) {
   const Reduced x = reduce_for_exp(t);
   const Float odd = x.r + x.odd;
   up = (1.0f + (x.even + odd)) * x.up * x.up;
-  down = at_most(LARGEST, (1.0f + (x.even - odd)) * x.down * x.down);
+  down = {1.0f + (x.even - odd), x.down};
 }
 
-// exp(x) - 1 and exp(x) - 1 - x, both ways, and exp(-x): 1 added to a difference near -1 would not give it back.
+// exp(x) - 1 and exp(x) - 1 - x, both ways.
 struct Differences {
-  Float expm1, phi, expm1_minus, phi_minus, exp_minus;
+  Float expm1, phi, expm1_minus, phi_minus;
 };
 
 // With h = 2**n, exp(x) - 1 = (h - 1) + h (r + phi(r)), and taking away x leaves
 // (h - 1 - n ln 2) + (h - 1) r + h phi(r). At n = 0, where x is small, what is left is the series alone.
-INLINE void differences(Float n, Float h, Float r, Float phi_r, Float& exp, Float& expm1, Float& phi) {
-  const Float h_minus_1 = h - 1.0f, rest = h * (r + phi_r);
-  exp = h + rest;
-  expm1 = h_minus_1 + rest;
+INLINE void differences(Float n, Float h, Float r, Float phi_r, Float& expm1, Float& phi) {
+  const Float h_minus_1 = h - 1.0f;
+  expm1 = h_minus_1 + h * (r + phi_r);
   phi = (h_minus_1 - n * 0.6931471805599453f) + (h_minus_1 * r + h * phi_r);
 }
 
@@ -69,9 +82,8 @@ INLINE Differences differences_both_ways(Float x, Float rest) {
   const Float bounded = at_least(-87.0f, at_most(87.0f, x));
   const Reduced t = reduce<1>(bounded, rest);
   Differences d;
-  Float exp;
-  differences(t.n, t.up, t.r, t.even + t.odd, exp, d.expm1, d.phi);
-  differences(-t.n, t.down, -t.r, t.even - t.odd, d.exp_minus, d.expm1_minus, d.phi_minus);
+  differences(t.n, t.up, t.r, t.even + t.odd, d.expm1, d.phi);
+  differences(-t.n, t.down, -t.r, t.even - t.odd, d.expm1_minus, d.phi_minus);
   const Float beyond = x - bounded;
   d.phi -= beyond;
   d.phi_minus += beyond;

@@ -6,7 +6,7 @@
 //     KL(p||q) = 1/2 * sum_d [ phi( delta) + (diff * exp(-logvar_q / 2))^2 ]
 //
 // Everything about delta comes from x = delta / 2 and m = exp(x) - 1, whose range reduction is shared by both signs:
-// phi(delta) = m^2 + 2 phi(x), exp(delta) - 1 = m^2 + 2 m, exp(-logvar_p / 2) = exp(-logvar_q / 2) * exp(-x).
+// phi(delta) = m^2 + 2 phi(x), exp(delta) - 1 = m^2 + 2 m.
 #pragma once
 
 #include "exponential.h"
@@ -18,10 +18,10 @@ namespace {
 struct DualKL {
   Float poison;  // NaN where an input is NaN or infinite, and else 0
   Float mean_q;
-  Float deviation_q;           // exp(logvar_q / 2)
-  Float inverse_q, inverse_p;  // exp(-logvar / 2), finite
-  Float gap_q, gap_p;          // diff times these
-  Differences half;            // of x
+  Float deviation_q;             // exp(logvar_q / 2)
+  Inverse inverse_q, inverse_p;  // exp(-logvar / 2)
+  Float gap_q, gap_p;            // diff times these
+  Differences half;              // of x
 };
 
 INLINE DualKL dual_kl(Float mean_q, Float logvar_q, Float mean_p, Float logvar_p) {
@@ -36,9 +36,9 @@ INLINE DualKL dual_kl(Float mean_q, Float logvar_q, Float mean_p, Float logvar_p
   const Float rest = (logvar_p - (delta - back)) - (logvar_q + back);
   k.half = differences_both_ways(0.5f * delta, 0.5f * rest);
   exp_both_ways(0.5f * logvar_q, k.deviation_q, k.inverse_q);
-  k.inverse_p = at_most(LARGEST, k.inverse_q * k.half.exp_minus);
-  k.gap_q = diff * k.inverse_q;
-  k.gap_p = diff * k.inverse_p;
+  k.inverse_p = exp_minus(0.5f * logvar_p);
+  k.gap_q = times(diff, k.inverse_q);
+  k.gap_p = times(diff, k.inverse_p);
   return k;
 }
 
@@ -124,7 +124,7 @@ void dual_kl_backward_rows(const Job& job, int64_t first, int64_t last) {
         Float mean_q_i = k.poison, logvar_q_i = k.poison, mean_p_i = k.poison, logvar_p_i = k.poison;
         // What has no upstream gradient is left out: a weight of 0 would make NaN of an overflow.
         if (has_forward) {
-          const Float slope = weight[0] * k.gap_p * k.inverse_p;
+          const Float slope = times(weight[0] * k.gap_p, k.inverse_p);
           const Float expm1 = k.half.expm1_minus * k.half.expm1_minus + 2.0f * k.half.expm1_minus;
           mean_p_i -= slope;
           logvar_p_i -= 0.5f * weight[0] * (expm1 + k.gap_p * k.gap_p);
@@ -134,7 +134,7 @@ void dual_kl_backward_rows(const Job& job, int64_t first, int64_t last) {
           }
         }
         if (has_reverse) {
-          const Float slope = weight[1] * k.gap_q * k.inverse_q;
+          const Float slope = times(weight[1] * k.gap_q, k.inverse_q);
           const Float expm1 = k.half.expm1 * k.half.expm1 + 2.0f * k.half.expm1;
           mean_q_i += slope;
           logvar_q_i -= 0.5f * weight[1] * (expm1 + k.gap_q * k.gap_q);

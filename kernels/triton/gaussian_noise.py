@@ -16,7 +16,7 @@ def gaussian_noise_kernel(
     stream,
     rows,
     COLUMNS: tl.constexpr,
-    ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr,  # this and PARTS only because every launch has them
     WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,

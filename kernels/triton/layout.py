@@ -58,8 +58,9 @@ def as_rows(shape: Sequence[int], tensors: Sequence[Tensor | None]) -> Rows:
 def as_odd(numbers: Sequence[int]) -> tuple[int, ...]:
     """Numbers that are not negative as odd ones above 1; `blocks.from_odd` takes it back.
 
-    Triton compiles anew for a number in a tuple that is 1 or a multiple of 16, do_not_specialize or not. What
-    loads may assume of a row is ALIGN's to say, so that one alone is summed by the program that sums many.
+    Triton compiles anew for a number in a tuple that is 1 or a multiple of 16, do_not_specialize or not; 0 and 1
+    become 3 and 5. What loads may assume of a row is ALIGN's to say, so that a row alone has the layout, and with
+    it the order of sums, that it has among others.
     """
     return tuple(2 * number + 3 for number in numbers)
 
@@ -74,7 +75,7 @@ class Block(NamedTuple):
 
 
 def block_for(columns: int, itemsize: int, vector: int) -> Block:
-    """The static rule for blocks, made so that no kernel needs more than 64 registers a thread on sm_90.
+    """The static rule for blocks, made for 64 registers a thread on sm_90: half of the warps then fit.
 
     A thread takes 16 bytes of each tensor, the most that one instruction moves: 4 columns in float32, 8 in
     the narrow types, whole Philox counters either way. More would cost registers, and with them the threads
@@ -111,7 +112,7 @@ def alignment(tensor: Tensor) -> int:
     """The bytes, up to 16, of which every row of a tensor begins at a multiple; 0 where columns lie apart.
 
     A tensor's single row counts as one of many: it must not look better aligned than its neighbours, and be
-    summed in another order than among them.
+    summed in another order than among them. So does a row to which PyTorch gave the stride of no neighbour.
     """
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         return 0
