@@ -298,9 +298,8 @@ def test_a_row_is_summed_alike_in_any_batch():
     """What no comparison on a CPU can see: that the order of a GPU's sums does not depend on what else is there."""
     found = json.loads(run_python("import test_compile_report as here; here.slices_with_other_sums()"))
     assert not found["other"]
-    assert (
-        found["programs"] == 30
-    )  # one for each tensor, but some share theirs; and another for a transposed one's single row
+    # One for each tensor, but some share theirs; and another for a single row of a transposed one.
+    assert found["programs"] == 30
 
 
 def spec(programs, elements):
