@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -20,11 +18,21 @@ from amvl_fast.errors import AMVLError
 from amvl_fast.latents import Gaussian, Latents
 from amvl_fast.ops import gaussian_noise, sample_gaussian
 from amvl_fast.ops.arguments import seed_tensor
-from amvl_fast.reference.three_pass import slot_states, three_pass, with_prompt
-from amvl_fast.samples import Samples, require_finite, split_prompt_and_answer
+from amvl_fast.reference.three_pass import three_pass
+from amvl_fast.samples import (
+    POSTERIOR_STREAM,
+    PRIOR_STREAM,
+    Branches,
+    Samples,
+    pad_rows,
+    require_finite,
+    split_prompt_and_answer,
+    with_prompt,
+)
+from amvl_fast.step import importance_bound, prior_of, shared_prefix
 
-EXECUTIONS = ("three_pass",)
-POSTERIOR_STREAM, PRIOR_STREAM = 0, 1
+EXECUTIONS = ("shared_prefix", "three_pass")
+POSTERIOR_BOUNDS = ("mean", "importance")
 
 
 @dataclass
@@ -33,12 +41,12 @@ class AMVLOutput(ModelOutput):
     Args:
         loss: ``()``, ``ntp_weight * ntp_loss + prior_ntp_weight * prior_ntp_loss + beta * forward_kl +
             gamma * reverse_kl``.
-        ntp_loss: ``()``, nats per answer token, decoded from the posterior's sample `z`.
+        ntp_loss: ``()``, nats per answer token, decoded from the posterior's samples.
         prior_ntp_loss: ``()``, the same decoded from a sample of the prior; None unless asked for.
         forward_kl: ``()``, KL(q || p) with q the posterior, reduced as the configuration's `kl_reduction` says.
         reverse_kl: ``()``, KL(p || q), likewise.
         forward_kl_per_slot, reverse_kl_per_slot: ``(batch, num_latents)`` float32, summed over dimensions.
-        z: ``(batch, num_latents, latent_dim)``, the posterior's sample.
+        z: ``(batch, num_latents, latent_dim)``, the posterior's (first) sample.
         posterior_mean, posterior_logvar, prior_mean, prior_logvar: ``(batch, num_latents, latent_dim)``.
         nll, prior_nll: ``(batch,)`` float32, nats summed over each sample's answer.
         answer_tokens: ``(batch,)`` int64.
@@ -136,7 +144,9 @@ class AMVLModel(PreTrainedModel):
         config.backbone_config = copy.deepcopy(backbone.config)
         config.dtype = backbone.dtype
         model = cls(config, backbone)
-        embeddings: Tensor = model.get_input_embeddings().weight.detach().float()
+        # Looked up, for some families scale what their table holds.
+        table = model.get_input_embeddings()
+        embeddings: Tensor = table(torch.arange(table.num_embeddings, device=table.weight.device)).detach().float()
         end = embeddings.mean(0) if end_token_id is None else embeddings[end_token_id]
         model.latents.reset_parameters(embeddings.square().mean().sqrt().item(), end)
         model.latents.to(device=backbone.device, dtype=backbone.dtype)
@@ -182,7 +192,10 @@ class AMVLModel(PreTrainedModel):
         prior_ntp_weight: float = 0.0,
         stop_gradient: bool = True,
         seed: int | Tensor | None = None,
-        execution: str = "three_pass",
+        execution: str = "shared_prefix",
+        num_posterior_samples: int = 1,
+        posterior_bound: str = "mean",
+        padding_free: bool = False,
         **vision: Any,
     ) -> AMVLOutput:
         """The AMVL loss of a batch, ``L = L_NTP + beta * KL(sg[q] || p) + gamma * KL(sg[p] || q)``.
@@ -197,24 +210,41 @@ class AMVLModel(PreTrainedModel):
             prior_ntp_weight: weight of the answer's loss decoded from a prior sample. Not part of the paper.
             stop_gradient: False lets both KLs move both sides (the plain ELBO).
             seed: of the noise; None draws one from PyTorch's generator. See `amvl_fast.gaussian_noise`.
-            execution: ``"three_pass"``, the plain one: every branch runs the prompt again.
+            execution: ``"shared_prefix"`` runs the prompt once for all branches; ``"three_pass"``, the plain one, runs
+                it again for each. Their results and gradients are the same.
+            num_posterior_samples: how many samples of the posterior are decoded. The first has the noise of `seed`,
+                the next that of ``seed + 1``, and so on. Not part of the paper.
+            posterior_bound: what becomes of several: ``"mean"`` averages their losses, ``"importance"`` takes the
+                importance-weighted bound ``-log mean_s p(y|x,z_s) p(z_s|x) / q(z_s|x,y)`` (Burda et al. 2016), which
+                holds the KL within it and sends gradients to both distributions.
+            padding_free: run prompts of different lengths packed into one row; takes a flash attention.
             vision: what the processor gives for images (`pixel_values`, `image_grid_thw`, ...).
 
         Raises:
-            AMVLError: labels that do not split into prompt and answer, unknown inputs, NaN in the images.
+            AMVLError: labels that do not split into prompt and answer, unknown inputs, NaN in the images, or options
+                that do not go together with the backbone.
         """
         if execution not in EXECUTIONS:
             raise AMVLError(f"execution={execution!r} is not known; use one of {EXECUTIONS}.")
+        if posterior_bound not in POSTERIOR_BOUNDS:
+            raise AMVLError(f"posterior_bound={posterior_bound!r} is not known; use one of {POSTERIOR_BOUNDS}.")
+        if num_posterior_samples < 1:
+            raise AMVLError(f"num_posterior_samples is {num_posterior_samples}; it must be at least 1.")
+        if padding_free and execution != "shared_prefix":
+            raise AMVLError(f"padding_free goes with execution='shared_prefix', not with {execution!r}.")
         if labels is None:
             raise AMVLError("AMVLModel.forward needs labels (-100 on the prompt); to answer a prompt call generate().")
         samples = self._read(input_ids, attention_mask, labels, vision)
-        shape = (len(input_ids), self.config.num_latents, self.config.latent_dim)
-        seed = seed_tensor("AMVLModel", seed, self.device)  # one seed, two streams
-        noise = gaussian_noise(shape, seed, device=self.device, stream=POSTERIOR_STREAM)
-        prior_noise = gaussian_noise(shape, seed, device=self.device, stream=PRIOR_STREAM) if prior_ntp_weight else None
-        step = three_pass(self.adapter, self.latents, samples, noise, prior_noise, stop_gradient=stop_gradient)
+        first = seed_tensor("AMVLModel", seed, self.device)
+        seeds = [first + i for i in range(num_posterior_samples)]
+        options: dict[str, Any] = dict(decode_prior=prior_ntp_weight > 0, stop_gradient=stop_gradient)
+        if execution == "shared_prefix":
+            step = shared_prefix(self.adapter, self.latents, samples, seeds, padding_free=padding_free, **options)
+        else:
+            step = self._three_pass(samples, seeds, **options)
         forward_kl, reverse_kl = self._reduce_kl(step.forward_kl), self._reduce_kl(step.reverse_kl)
-        ntp_loss = step.nll.mean()
+        nll = importance_bound(step) if posterior_bound == "importance" else step.nll.average()
+        ntp_loss = nll.mean()
         loss = ntp_weight * ntp_loss + beta * forward_kl + gamma * reverse_kl
         prior_ntp_loss = step.prior_nll.mean() if step.prior_nll else None
         if prior_ntp_loss is not None:
@@ -227,14 +257,14 @@ class AMVLModel(PreTrainedModel):
             reverse_kl=reverse_kl,
             forward_kl_per_slot=step.forward_kl,
             reverse_kl_per_slot=step.reverse_kl,
-            z=step.z,
+            z=step.z[0],
             posterior_mean=step.posterior.mean,
             posterior_logvar=step.posterior.logvar,
             prior_mean=step.prior.mean,
             prior_logvar=step.prior.logvar,
-            nll=step.nll.total,
+            nll=nll.total,
             prior_nll=step.prior_nll.total if step.prior_nll else None,
-            answer_tokens=step.nll.tokens,
+            answer_tokens=nll.tokens,
         )
 
     def prior(self, input_ids: Tensor, attention_mask: Tensor | None = None, **vision: Any) -> Gaussian:
@@ -302,21 +332,25 @@ class AMVLModel(PreTrainedModel):
             labels = torch.full_like(input_ids, -100)
         else:
             prompt, answer = split_prompt_and_answer(labels, attention_mask)
-        embeds = self.adapter.embed(input_ids, **vision)
         positions = self.adapter.positions(input_ids, attention_mask, **vision)
-        return Samples(embeds, positions, prompt, answer, labels)
+        return Samples(*self.adapter.embed(input_ids, **vision), positions, prompt, answer, labels)
 
     def _prior(self, samples: Samples) -> Gaussian:
-        return self.latents.prior_head(slot_states(self.adapter, self.latents, samples, see_answer=False))
+        return prior_of(self.adapter, self.latents, samples)
+
+    def _three_pass(
+        self, samples: Samples, seeds: list[Tensor], *, decode_prior: bool, stop_gradient: bool
+    ) -> Branches:
+        """The plain step, with the noise that the ops make of the seeds."""
+        shape = (len(samples.embeds), self.config.num_latents, self.config.latent_dim)
+        noise = [gaussian_noise(shape, seed, device=self.device, stream=POSTERIOR_STREAM) for seed in seeds]
+        prior_noise = gaussian_noise(shape, seeds[0], device=self.device, stream=PRIOR_STREAM) if decode_prior else None
+        return three_pass(self.adapter, self.latents, samples, noise, prior_noise, stop_gradient=stop_gradient)
 
     def _continue(self, samples: Samples, lead: Tensor, generate_kwargs: dict[str, Any]) -> Any:
         """Generate after ``[x, lead]``; `lead` is ``(batch, rows, hidden_size)``."""
-        embeds, positions = with_prompt(samples, list(lead))
-        left = partial(pad_sequence, batch_first=True, padding_side="left")
-        mask = left([torch.ones(len(e), dtype=torch.long, device=e.device) for e in embeds])
-        return self.adapter.generate(
-            left(embeds), mask, left([p.T for p in positions]).permute(2, 0, 1), **generate_kwargs
-        )
+        embeds, mask, positions, extras = pad_rows(with_prompt(samples, list(lead)), "left")
+        return self.adapter.generate(embeds, mask, positions, extras, **generate_kwargs)
 
     def _reduce_kl(self, per_slot: Tensor) -> Tensor:
         """``(batch, k)`` summed over d -> the batch's mean, per sample or per latent element."""

@@ -7,63 +7,22 @@ decode     [x, E(z), end, y] predicts the answer from the prompt and a latent
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from amvl_fast.backbones import Adapter
-from amvl_fast.latents import Gaussian, Latents
+from amvl_fast.latents import Latents
 from amvl_fast.reference.gaussian import gaussian_dual_kl
-from amvl_fast.samples import AnswerNLL, Samples
-
-
-class Branches(NamedTuple):
-    """What one step computes, before it is weighed into a loss.
-
-    Attributes:
-        posterior, prior: `Gaussian`, ``(batch, k, d)`` each.
-        z: ``(batch, k, d)``, the posterior's sample.
-        forward_kl, reverse_kl: ``(batch, k)`` float32: KL(q || p) and KL(p || q), q the posterior, summed over d.
-        nll: `AnswerNLL` of the answer decoded from `z`.
-        prior_nll: `AnswerNLL` of the answer decoded from a sample of the prior, if that was asked for.
-    """
-
-    posterior: Gaussian
-    prior: Gaussian
-    z: Tensor
-    forward_kl: Tensor
-    reverse_kl: Tensor
-    nll: AnswerNLL
-    prior_nll: AnswerNLL | None
-
-
-def with_prompt(samples: Samples, rows: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Each sample's prompt followed by its own `rows` of embeddings, unpadded: ``(n, hidden_size)``, ``(axes, n)``.
-
-    Rows after the prompt take the text positions that follow the prompt's largest, whatever the rotary scheme.
-    """
-    embeds, positions = [], []
-    for i, extra in enumerate(rows):
-        mask = samples.prompt[i]
-        embeds.append(torch.cat([samples.embeds[i, mask], extra]))
-        before = samples.positions[:, i, mask]
-        after = before.max() + 1 + torch.arange(len(extra), device=extra.device)
-        positions.append(torch.cat([before, after.expand(len(before), -1)], dim=1))
-    return embeds, positions
+from amvl_fast.samples import AnswerNLL, Branches, Samples, pad_rows, with_prompt
 
 
 def run(adapter: Adapter, samples: Samples, rows: list[Tensor]) -> list[Tensor]:
     """Run the decoder over each sample's prompt and `rows`; final hidden states, unpadded."""
-    embeds, positions = with_prompt(samples, rows)
-    ones = [torch.ones(len(e), dtype=torch.long, device=e.device) for e in embeds]
-    hidden = adapter.decode(
-        pad_sequence(embeds, batch_first=True),
-        pad_sequence(ones, batch_first=True),
-        pad_sequence([p.T for p in positions], batch_first=True).permute(2, 0, 1),
-    )
-    return [hidden[i, : len(e)] for i, e in enumerate(embeds)]
+    whole = with_prompt(samples, rows)
+    hidden = adapter.decode(*pad_rows(whole, "right"))
+    return [hidden[i, : len(row.embeds)] for i, row in enumerate(whole)]
 
 
 def slot_states(adapter: Adapter, latents: Latents, samples: Samples, *, see_answer: bool) -> Tensor:
@@ -94,7 +53,7 @@ def three_pass(
     adapter: Adapter,
     latents: Latents,
     samples: Samples,
-    noise: Tensor,
+    noise: Sequence[Tensor],
     prior_noise: Tensor | None = None,
     *,
     stop_gradient: bool = True,
@@ -105,17 +64,19 @@ def three_pass(
         adapter: of the backbone, see `amvl_fast.backbones`.
         latents: slots, heads and projection.
         samples: the batch.
-        noise: ``(batch, k, d)`` standard normal, makes `z` from the posterior.
+        noise: ``(batch, k, d)`` standard normal, for each sample of the posterior.
         prior_noise: the same for a prior sample; None leaves the prior's decode branch out.
         stop_gradient: each KL moves one side only; False lets both flow both ways (the plain ELBO).
     """
     prior = latents.prior_head(slot_states(adapter, latents, samples, see_answer=False))
     posterior = latents.posterior_head(slot_states(adapter, latents, samples, see_answer=True))
-    z, forward_kl, reverse_kl = gaussian_dual_kl(
-        posterior.mean, posterior.logvar, prior.mean, prior.logvar, noise, stop_gradient=stop_gradient
-    )
+    means_and_logvars = (posterior.mean, posterior.logvar, prior.mean, prior.logvar)
+    kls = [gaussian_dual_kl(*means_and_logvars, one, stop_gradient=stop_gradient) for one in noise]
+    z = torch.stack([kl.z for kl in kls])
     prior_nll = None
     if prior_noise is not None:
         prior_z = prior.mean + (prior.logvar / 2).exp() * prior_noise.to(prior.mean.dtype)
         prior_nll = decode(adapter, latents, samples, prior_z)
-    return Branches(posterior, prior, z, forward_kl, reverse_kl, decode(adapter, latents, samples, z), prior_nll)
+    decoded = [decode(adapter, latents, samples, one) for one in z]
+    nll = AnswerNLL(torch.stack([one.total for one in decoded]), decoded[0].tokens)
+    return Branches(posterior, prior, z, kls[0].forward_kl, kls[0].reverse_kl, nll, prior_nll)

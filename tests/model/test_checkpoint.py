@@ -127,7 +127,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused(saved):
 
 def test_an_unsupported_backbone_is_refused():
     tiny = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
-    with pytest.raises(AMVLError, match="'llama'.*not supported; use one of: qwen2_5_vl"):
+    with pytest.raises(AMVLError, match="'llama'.*not supported; use one of: gemma3, .*qwen2_5_vl"):
         AMVLModel.from_backbone(LlamaForCausalLM(tiny))
 
 

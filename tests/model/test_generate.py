@@ -17,9 +17,9 @@ def greedy(model, batch, temperature, seed):
     vision = {name: value for name, value in batch.items() if name not in ("input_ids", "attention_mask", "labels")}
     mask = batch["attention_mask"]
     prompt = mask.bool()
-    embeds = model.adapter.embed(batch["input_ids"], **vision)
     positions = model.adapter.positions(batch["input_ids"], mask, **vision)
-    samples = Samples(embeds, positions, prompt, torch.zeros_like(prompt), labels)
+    embedded = model.adapter.embed(batch["input_ids"], **vision)
+    samples = Samples(*embedded, positions, prompt, torch.zeros_like(prompt), labels)
     prior = model.prior(**batch)
     noise = amvl_fast.gaussian_noise(prior.mean.shape, seed).double()
     z = prior.mean + temperature * (prior.logvar / 2).exp() * noise

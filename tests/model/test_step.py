@@ -41,7 +41,7 @@ def test_z_and_both_kls_are_those_of_torch_distributions(model, batch):
     close(out.forward_kl_per_slot, kl_divergence(q, p).sum(-1))
     close(out.reverse_kl_per_slot, kl_divergence(p, q).sum(-1))
     close(out.forward_kl, kl_divergence(q, p).sum() / (3 * 3 * 5))  # "mean": over rows, slots and dimensions
-    noise = amvl_fast.gaussian_noise(out.z.shape, 1, stream=POSTERIOR_STREAM).double()
+    noise = amvl_fast.gaussian_noise(out.z.shape, 1, stream=POSTERIOR_STREAM, backend="torch").double()
     close(out.z, q.mean + q.stddev * noise)
 
 

@@ -1,0 +1,150 @@
+"""What the step asks of a backbone, and how most families of transformers answer it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from amvl_fast.errors import AMVLError
+
+
+class Embedded(NamedTuple):
+    """Rows as a decoder reads them.
+
+    Attributes:
+        embeds: ``(batch, length, hidden_size)``, images in place.
+        extras: whatever else the family's decoder takes for each row, by name, ``(batch, length, ...)``.
+    """
+
+    embeds: Tensor
+    extras: dict[str, Tensor]
+
+
+class Adapter:
+    """Turns processor outputs into what any decoder reads. It holds no weights and patches nothing.
+
+    This is how most families work: image features take the places of image tokens, and rotary positions count tokens.
+    A family overrides what it does differently.
+
+    Attributes:
+        VISION_INPUTS: what the family's processor gives besides `input_ids` and `attention_mask`.
+        AXES: of its rotary positions.
+    """
+
+    VISION_INPUTS: tuple[str, ...] = ("pixel_values",)
+    AXES = 1
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model: Any = model
+        self.inner: Any = model.model
+
+    @property
+    def decoder(self) -> PreTrainedModel:
+        """The language model: embeddings in, hidden states after its last norm out."""
+        return self.inner.language_model
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        return self.inner.vision_tower
+
+    @property
+    def hidden_size(self) -> int:
+        return self.decoder.config.hidden_size
+
+    @property
+    def vocabulary(self) -> int:
+        return self.decoder.config.vocab_size
+
+    @property
+    def layers(self) -> int:
+        return self.decoder.config.num_hidden_layers
+
+    def embed(self, input_ids: Tensor, **vision: Any) -> Embedded:
+        """Token embeddings with the image features in place.
+
+        Raises:
+            AMVLError: image tokens without images, or images without their inputs.
+        """
+        embeds = self.model.get_input_embeddings()(self.token_ids(input_ids))
+        if vision.get("pixel_values") is None:
+            if (input_ids == self.model.config.image_token_id).any():
+                raise AMVLError("input_ids hold image tokens, but pixel_values are missing; pass the images too.")
+            return Embedded(embeds, {})
+        images = self.image_features(**vision)
+        features = images.pooler_output
+        features = torch.cat(list(features)) if isinstance(features, (list, tuple)) else features
+        features = features.to(embeds.device, embeds.dtype)
+        places = self.inner.get_placeholder_mask(input_ids, inputs_embeds=embeds, image_features=features)
+        places = places[0] if isinstance(places, tuple) else places
+        return Embedded(embeds.masked_scatter(places, features), self.extras(input_ids, images, vision))
+
+    def token_ids(self, input_ids: Tensor) -> Tensor:
+        """The ids to look up; some families number their image token beyond the vocabulary."""
+        return input_ids
+
+    def image_features(self, **vision: Any) -> Any:
+        """The family's own output for images, with `pooler_output`."""
+        return self.inner.get_image_features(**vision, return_dict=True)
+
+    def extras(self, input_ids: Tensor, images: Any, vision: dict[str, Any]) -> dict[str, Tensor]:
+        """See `Embedded`; only for batches with images."""
+        return {}
+
+    def positions(self, input_ids: Tensor, attention_mask: Tensor, **vision: Any) -> Tensor:
+        """Rotary positions ``(axes, batch, length)``; padding holds arbitrary values."""
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0).expand(self.AXES, -1, -1)
+
+    def decode(
+        self,
+        embeds: Tensor,
+        attention_mask: Tensor | None,
+        positions: Tensor,
+        extras: dict[str, Tensor] | None = None,
+        **attention: Any,
+    ) -> Tensor:
+        """Final hidden states ``(batch, length, hidden_size)`` of the language model, after its last norm.
+
+        Args:
+            embeds, extras: see `Embedded`.
+            attention_mask: ``(batch, length)``, 0 on padding; None for none.
+            positions: ``(axes, batch, length)``.
+            attention: handed to the attention of each layer.
+        """
+        return self.decoder(
+            inputs_embeds=embeds,
+            attention_mask=self.mask(embeds, attention_mask, positions, extras or {}),
+            position_ids=positions if self.AXES > 1 else positions[0],
+            use_cache=False,
+            **self.decoder_inputs(extras or {}),
+            **attention,
+        ).last_hidden_state
+
+    def mask(self, embeds: Tensor, attention_mask: Tensor | None, positions: Tensor, extras: dict[str, Tensor]) -> Any:
+        """The mask that the family's decoder takes."""
+        return attention_mask
+
+    def decoder_inputs(self, extras: dict[str, Tensor]) -> dict[str, Any]:
+        """What the family's decoder takes besides."""
+        return {}
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states ``(..., hidden_size)`` -> ``(..., vocabulary)``."""
+        return self.model.get_output_embeddings()(hidden)
+
+    def generate(
+        self, embeds: Tensor, attention_mask: Tensor, positions: Tensor, extras: dict[str, Tensor], **kwargs: Any
+    ) -> Any:
+        """transformers' own ``generate`` on left-padded embeddings; returns the new tokens alone.
+
+        Raises:
+            AMVLError: the family's decoder needs more than embeddings.
+        """
+        if extras:
+            raise AMVLError(
+                f"{type(self).__name__}: generating after images is not supported yet, because transformers' generate "
+                f"takes embeddings without {', '.join(extras)}; train and score with forward()."
+            )
+        return self.model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)

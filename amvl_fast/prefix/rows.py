@@ -1,0 +1,145 @@
+"""Where the rows of branches lie, and which keys each may read."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Prompts(NamedTuple):
+    """Where prompts lie among the rows that ran, `(batch, rows)` flattened.
+
+    Attributes:
+        starts, lengths: ``(batch,)`` int64 each.
+        rows: of the longest prompt, or of all in one where they are packed.
+        packed: whether all prompts lie in one row, one behind the other.
+    """
+
+    starts: Tensor
+    lengths: Tensor
+    rows: int
+    packed: bool
+
+    def sequences(self) -> dict[str, Any]:
+        """What flash attention has to be told of packed prompts; nothing of others."""
+        if not self.packed:
+            return {}
+        ends, longest = offsets(self.lengths).int(), int(self.lengths.max())
+        return dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=longest, max_length_k=longest)
+
+
+def lay_out(mask: Tensor, *, packed: bool) -> tuple[Prompts, Tensor]:
+    """Where prompts are to lie, and there the numbers of their rows among ``(batch, length)``, flattened.
+
+    Padding goes to the right, where nobody reads it, and no mask is needed: attention is causal, and branches mask it.
+
+    Args:
+        mask: ``(batch, length)`` bool, True on the rows of prompts, wherever they are.
+        packed: all into one row, without padding.
+    """
+    lengths = mask.sum(1)
+    batch = torch.arange(len(mask), device=mask.device)
+    if packed:
+        index = mask.flatten().nonzero().squeeze(1)[None]
+        return Prompts(offsets(lengths)[:-1], lengths, index.shape[1], packed), index
+    rows = int(lengths.max())
+    order = (~mask).to(torch.int8).argsort(dim=1, stable=True)[:, :rows]
+    return Prompts(rows * batch, lengths, rows, packed), order + mask.shape[1] * batch[:, None]
+
+
+class BranchRows:
+    """Branches of a batch side by side: rows that read their prompt and the earlier rows of their own branch.
+
+    Args:
+        masks: for each branch ``(batch, rows)`` bool, False on padding, which may be anywhere.
+        prompts: what they continue.
+    """
+
+    def __init__(self, masks: list[Tensor], prompts: Prompts) -> None:
+        self.prompts = prompts
+        self.valid = torch.cat(masks, dim=1)
+        # Of each row the place in its branch; its place in the whole sequence comes after the prompt.
+        self.order = torch.cat([mask.cumsum(1) - 1 for mask in masks], dim=1)
+        sizes = torch.tensor([mask.shape[1] for mask in masks], device=self.valid.device)
+        self.branch = torch.arange(len(masks), device=self.valid.device).repeat_interleave(
+            sizes, output_size=self.valid.shape[1]
+        )
+        self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """What is added to scores, ``(batch, 1, rows, prompt rows + rows)``: 0 or the dtype's lowest number.
+
+        Args:
+            window: how many rows back a row may look, itself included; None for all.
+        """
+        if (window, dtype) not in self._masks:
+            lowest = torch.finfo(dtype).min
+            allowed = self._allowed(window)
+            self._masks[window, dtype] = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
+                ~allowed, lowest
+            )
+        return self._masks[window, dtype]
+
+    def _allowed(self, window: int | None) -> Tensor:
+        batch, rows = self.valid.shape
+        lengths = self.prompts.lengths[:, None, None]
+        place = torch.arange(self.prompts.rows, device=self.valid.device).expand(batch, 1, -1)
+        of_prompt = (place < lengths).expand(-1, rows, -1)
+        query, key = self.order[:, :, None], self.order[:, None, :]
+        own = (self.branch[:, None] == self.branch) & (key <= query) & self.valid[:, None, :]
+        if window is not None:
+            of_prompt = of_prompt & (lengths + query - place < window)
+            own = own & (query - key < window)
+        # Padding reads itself, for a softmax over nothing would be NaN.
+        own = own | torch.eye(rows, dtype=torch.bool, device=self.valid.device)
+        return torch.cat([of_prompt, own], dim=2)[:, None]
+
+    @cached_property
+    def packed(self) -> PackedRows:
+        """The rows without padding, for attention over sequences of several lengths."""
+        batch, device = len(self.valid), self.valid.device
+        branches = int(self.branch[-1]) + 1
+        counts = torch.zeros(batch, branches, dtype=torch.int64, device=device)
+        counts.scatter_add_(1, self.branch.expand(batch, -1), self.valid.long())
+        queries = counts.flatten()
+        prompt = self.prompts.lengths.repeat_interleave(branches)
+        keys = queries + prompt
+        ends_q, ends_k = (offsets(lengths) for lengths in (queries, keys))
+        sequence = torch.arange(len(keys), device=device).repeat_interleave(keys)
+        place = torch.arange(len(sequence), device=device) - ends_k[sequence]
+        starts = self.prompts.starts.repeat_interleave(branches)[sequence]
+        all_prompts = self.prompts.rows * (1 if self.prompts.packed else batch)
+        own = all_prompts + ends_q[sequence] + place - prompt[sequence]
+        longest_q, longest_k = torch.stack([queries.max(), keys.max()]).tolist()
+        return PackedRows(
+            rows=self.valid.flatten().nonzero().squeeze(1),
+            keys=torch.where(place < prompt[sequence], starts + place, own),
+            lengths={
+                "cu_seq_lens_q": ends_q.int(),
+                "cu_seq_lens_k": ends_k.int(),
+                "max_length_q": longest_q,
+                "max_length_k": longest_k,
+            },
+        )
+
+
+class PackedRows(NamedTuple):
+    """Branches as sequences one behind the other.
+
+    Attributes:
+        rows: ``(n,)`` int64, which rows of ``(batch, rows)``, flattened, are no padding.
+        keys: ``(m,)`` int64, for all sequences the keys they read: of prompts, flattened, then of the rows themselves.
+        lengths: as `transformers`' flash attention takes them.
+    """
+
+    rows: Tensor
+    keys: Tensor
+    lengths: dict[str, Any]
+
+
+def offsets(lengths: Tensor) -> Tensor:
+    """Where each of several sequences begins, and where the last ends: one more than there are lengths."""
+    return nn.functional.pad(lengths.cumsum(0), (1, 0))
