@@ -34,7 +34,7 @@ from .blocks import (
     store,
     sum_of_fours,
 )
-from .exponential import exp_half_both_ways, exp_minus_half, half_expm1_and_phi, limit, subtract, times
+from .exponential import exp_half_both_ways, exp_minus_half, half_expm1_and_phi, limit, subtract
 from .layout import on_device_of, plan
 from .philox import philox_normal
 
@@ -99,12 +99,11 @@ def gaussian_dual_kl_forward_kernel(
             mq, lq = part(mean_q_block, i, PARTS), part(logvar_q_block, i, PARTS)
             mp, lp = part(mean_p_block, i, PARTS), part(logvar_p_block, i, PARTS)
             diff, poison = gap_and_poison(mq, lq, mp, lp)
-            deviation, _, series_q, root_q = exp_half_both_ways(lq)
-            _, _, series_p, root_p = exp_half_both_ways(lp)
+            deviation, inverse_q = exp_half_both_ways(lq)
             z_block = append(z_block, (mq + poison) + deviation * noise, z.dtype.element_ty)
 
-            u_q = times(diff, series_q, root_q)
-            u_p = times(diff, series_p, root_p)
+            u_q = diff * limit(inverse_q)
+            u_p = diff * exp_minus_half(lp)
             delta, remainder = subtract(lp, lq)
             _, half_phi, _, half_phi_minus = half_expm1_and_phi(delta, remainder)
             forward_sum += sum_of_fours(half_phi_minus + 0.5 * u_p * u_p)
@@ -171,7 +170,7 @@ def gaussian_dual_kl_backward_kernel(
         mq, lq = part(mean_q_block, i, PARTS), part(logvar_q_block, i, PARTS)
         mp, lp = part(mean_p_block, i, PARTS), part(logvar_p_block, i, PARTS)
         diff, _ = gap_and_poison(mq, lq, mp, lp)
-        deviation, inverse_q, _, _ = exp_half_both_ways(lq)
+        deviation, inverse_q = exp_half_both_ways(lq)
 
         to_mean_q, to_logvar_q, to_mean_p, to_logvar_p = None, None, None, None
         if grad_z is not None:

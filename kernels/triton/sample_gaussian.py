@@ -40,7 +40,7 @@ def sample_gaussian_forward_kernel(
     logvar_block = load(logvar, logvar_offset, start, logvar_strides, mask, ALIGN[1], WIDTH)
     z_block = None
     for i in tl.static_range(PARTS):
-        deviation, _, _, _ = exp_half_both_ways(part(logvar_block, i, PARTS))
+        deviation, _ = exp_half_both_ways(part(logvar_block, i, PARTS))
         noise = philox_normal(tl.load(seed), stream, row, start + 4 * i, BLOCK_ROWS, BLOCK_COLUMNS // PARTS, PARTS)
         value = part(mean_block, i, PARTS) + temperature * deviation * noise
         z_block = append(z_block, value, z.dtype.element_ty)
@@ -76,7 +76,7 @@ def sample_gaussian_backward_kernel(
     logvar_block = load(logvar, logvar_offset, start, logvar_strides, mask, ALIGN[1], WIDTH)
     grad_block = None
     for i in tl.static_range(PARTS):
-        deviation, _, _, _ = exp_half_both_ways(part(logvar_block, i, PARTS))
+        deviation, _ = exp_half_both_ways(part(logvar_block, i, PARTS))
         noise = philox_normal(tl.load(seed), stream, row, start + 4 * i, BLOCK_ROWS, BLOCK_COLUMNS // PARTS, PARTS)
         value = 0.5 * part(grad_z_block, i, PARTS) * (temperature * deviation * noise)
         grad_block = append(grad_block, value, grad_logvar.dtype.element_ty)
