@@ -2,38 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 # How many logits exist at once: 64 MiB in float32, little beside a step and much beside what a launch costs.
 CHUNK = 2**24
 
+# The first whose gradients are right where each token's loss has a weight of its own.
+LIGER = Version("0.8.5")
 
-def token_nll(logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
+
+def token_nll(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """Nats of each token, ``(rows,)``, in float32 or wider.
 
     Logits are made for some rows at a time, and again in the backward pass: kept, with a vocabulary of 152k, they would
-    be most of what a step keeps.
+    be most of what a step keeps. On CUDA, Liger's fused kernel does so where it is installed.
 
     Args:
-        logits: hidden states ``(rows, hidden_size)`` -> ``(rows, vocabulary)``.
+        head: hidden states ``(rows, hidden_size)`` -> logits ``(rows, vocabulary)``.
         hidden: ``(rows, hidden_size)``, the states that predict the targets.
         targets: ``(rows,)`` int64.
-        vocabulary: how many logits a row has.
     """
+    if hidden.is_cuda and type(head) is nn.Linear and fused_nll() is not None:
+        return fused_nll()(head.weight, hidden, targets, head.bias)
 
     def nll(hidden: Tensor, targets: Tensor) -> Tensor:
-        scores = logits(hidden)
+        scores = head(hidden)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         return nn.functional.cross_entropy(scores, targets, reduction="none")
 
-    rows = max(1, CHUNK // vocabulary)
+    rows = max(1, CHUNK // getattr(head, "out_features", CHUNK))
     return torch.cat(
         [
             checkpoint(nll, some, wanted, use_reentrant=False, preserve_rng_state=False)
             for some, wanted in zip(hidden.split(rows), targets.split(rows), strict=True)
         ]
     )
+
+
+@cache
+def fused_nll() -> Any:
+    """Liger's linear layer and cross-entropy in one, ``(weight, hidden, targets, bias) -> nats``, or None."""
+    try:
+        if Version(version("liger-kernel")) < LIGER:
+            return None
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    except (PackageNotFoundError, ImportError):
+        return None
+    return LigerFusedLinearCrossEntropyLoss(reduction="none")

@@ -127,6 +127,6 @@ def _decode(
     # Each row predicts the token after it.
     predicting = torch.stack([states[:, before - 1 : -1] for states in prefix.run(branches)])
     mask = answers.mask.expand(len(latent), -1, -1)
-    nll = token_nll(adapter.logits, predicting[mask], answers.labels.expand_as(mask)[mask], adapter.vocabulary)
+    nll = token_nll(adapter.head, predicting[mask], answers.labels.expand_as(mask)[mask])
     totals = torch.zeros(mask.shape, dtype=nll.dtype, device=nll.device).masked_scatter(mask, nll).sum(-1)
     return totals, answers.mask.sum(1)

@@ -7,20 +7,8 @@ are replayed through the timer that pytest-benchmark lets a test choose. What it
 
 import pytest
 
+from amvl_fast.bench.clock import RecordedClock
 from amvl_fast.bench.gate import GateError
-
-
-class RecordedClock:
-    """Stands still but for calls of `advance`, each of which takes as long as the next recorded time."""
-
-    now = 0.0
-
-    def read(self):
-        return self.now
-
-    def advance(self, samples):
-        self.now += next(samples)
-
 
 clock = RecordedClock()
 

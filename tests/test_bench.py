@@ -265,7 +265,7 @@ def test_rows_become_csv_json_and_a_table(quick, tmp_path):
     assert all(tuple(row) == COLUMNS for row in quick.rows)
     assert [row["provider"] for row in rows[:3]] == ["eager", "distributions", "amvl_fast"]
     assert rows[0]["launches"] == "" and float(rows[0]["peak_mib"]) > 0 and float(rows[0]["host_us"]) > 0
-    record = json.loads(as_json(quick.machine, quick.rows, []))
+    record = json.loads(as_json(quick.machine, quick.rows, [], []))
     assert [set(row) for row in record["rows"]] == [set(COLUMNS)] * 9
     text = printed(quick.rows)
     assert text.count("x eager") == 3 + 1 and "(2, 8, 64) float32, full" in text

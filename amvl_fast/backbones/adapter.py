@@ -55,10 +55,6 @@ class Adapter:
         return self.decoder.config.hidden_size
 
     @property
-    def vocabulary(self) -> int:
-        return self.decoder.config.vocab_size
-
-    @property
     def layers(self) -> int:
         return self.decoder.config.num_hidden_layers
 
@@ -69,17 +65,19 @@ class Adapter:
             AMVLError: image tokens without images, or images without their inputs.
         """
         embeds = self.model.get_input_embeddings()(self.token_ids(input_ids))
+        places = input_ids == self.model.config.image_token_id
         if vision.get("pixel_values") is None:
-            if (input_ids == self.model.config.image_token_id).any():
+            if places.any():
                 raise AMVLError("input_ids hold image tokens, but pixel_values are missing; pass the images too.")
             return Embedded(embeds, {})
         images = self.image_features(**vision)
-        features = images.pooler_output
-        features = torch.cat(list(features)) if isinstance(features, (list, tuple)) else features
-        features = features.to(embeds.device, embeds.dtype)
-        places = self.inner.get_placeholder_mask(input_ids, inputs_embeds=embeds, image_features=features)
-        places = places[0] if isinstance(places, tuple) else places
-        return Embedded(embeds.masked_scatter(places, features), self.extras(input_ids, images, vision))
+        features = torch.cat(list(images.pooler_output)).to(embeds.device, embeds.dtype)
+        if places.sum() != len(features):
+            raise AMVLError(
+                f"input_ids hold {int(places.sum())} image tokens, but pixel_values make {len(features)} features; "
+                "pass what the processor returned for both."
+            )
+        return Embedded(embeds.masked_scatter(places[..., None], features), self.extras(places, images))
 
     def token_ids(self, input_ids: Tensor) -> Tensor:
         """The ids to look up; some families number their image token beyond the vocabulary."""
@@ -89,8 +87,13 @@ class Adapter:
         """The family's own output for images, with `pooler_output`."""
         return self.inner.get_image_features(**vision, return_dict=True)
 
-    def extras(self, input_ids: Tensor, images: Any, vision: dict[str, Any]) -> dict[str, Tensor]:
-        """See `Embedded`; only for batches with images."""
+    def extras(self, places: Tensor, images: Any) -> dict[str, Tensor]:
+        """See `Embedded`; only for batches with images.
+
+        Args:
+            places: ``(batch, length)`` bool, the image tokens.
+            images: what `image_features` returned.
+        """
         return {}
 
     def positions(self, input_ids: Tensor, attention_mask: Tensor, **vision: Any) -> Tensor:
@@ -130,9 +133,10 @@ class Adapter:
         """What the family's decoder takes besides."""
         return {}
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states ``(..., hidden_size)`` -> ``(..., vocabulary)``."""
-        return self.model.get_output_embeddings()(hidden)
+    @property
+    def head(self) -> nn.Module:
+        """Hidden states ``(..., hidden_size)`` -> logits ``(..., vocabulary)``."""
+        return self.model.get_output_embeddings()
 
     def generate(
         self, embeds: Tensor, attention_mask: Tensor, positions: Tensor, extras: dict[str, Tensor], **kwargs: Any

@@ -53,8 +53,8 @@ class Gemma3Adapter(Adapter):
     def image_features(self, **vision: Any) -> Any:
         return super().image_features(pixel_values=vision["pixel_values"])
 
-    def extras(self, input_ids: Tensor, images: Any, vision: dict[str, Any]) -> dict[str, Tensor]:
-        return {"images": (input_ids == self.model.config.image_token_id).int()}
+    def extras(self, places: Tensor, images: Any) -> dict[str, Tensor]:
+        return {"images": places.int()}
 
     def mask(self, embeds: Tensor, attention_mask: Tensor | None, positions: Tensor, extras: dict[str, Tensor]) -> Any:
         if not extras:

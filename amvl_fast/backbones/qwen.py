@@ -49,8 +49,7 @@ class Qwen2VLAdapter(Adapter):
 class Qwen3VLAdapter(Qwen2VLAdapter):
     """Qwen3-VL: its first layers add features of the images a second time (DeepStack)."""
 
-    def extras(self, input_ids: Tensor, images: Any, vision: dict[str, Any]) -> dict[str, Tensor]:
-        places = input_ids == self.model.config.image_token_id
+    def extras(self, places: Tensor, images: Any) -> dict[str, Tensor]:
         levels = torch.stack([torch.cat(list(features)) for features in images.deepstack_features], dim=1)
         spread = levels.new_zeros(*places.shape, *levels.shape[1:]).masked_scatter(places[..., None, None], levels)
         return {"images": places, "deepstack": spread}

@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
+from typing import Any, TypeVar
 
-from amvl_fast.bench.cases import Inputs
-from amvl_fast.bench.providers import Timed
-
+Given = TypeVar("Given")
 Times = list[tuple[float, float]]  # of each round: seconds on the device, seconds on the host
 
 
@@ -50,9 +49,9 @@ OVERHEAD = Budget(seconds=0.5)
 
 
 def interleave(
-    contestants: dict[str, Callable[[Inputs], Timed]],
-    rotation: Sequence[Inputs],
-    stopwatch: Callable[[Timed], tuple[float, float]],
+    contestants: dict[str, Callable[[Given], Callable[[], Any]]],
+    rotation: Sequence[Given],
+    stopwatch: Callable[[Callable[[], Any]], tuple[float, float]],
     budget: Budget,
 ) -> dict[str, Times]:
     """Time everybody once a round, in an order drawn anew for each so that nobody always follows the same rival.

@@ -5,39 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from amvl_fast.bench.compile_cases import Case
+from amvl_fast.bench.gpus import GPUS
 from amvl_fast.bench.machine_code import MachineCode, occupancy
 from amvl_fast.bench.specialisations import Specialisation, specialisations
 
 # (batch, slots) with d = 512: the paper's latents for a batch of 4, and enough of them to fill any GPU.
 SHAPES = {"tiny 4 x 8 x 512": (4, 8), "huge 4096 x 8 x 512": (4096, 8)}
 
-
-@dataclass(frozen=True)
-class GPU:
-    """Published figures.
-
-    Attributes:
-        target: whose machine code it runs.
-        bandwidth: of the memory, in bytes a second.
-        processors: number of streaming multiprocessors.
-        clock: boost clock in Hz.
-        float_lanes: float32 results that one multiprocessor gives a clock; of integers all four give 64, of
-            special functions 16.
-    """
-
-    target: str
-    bandwidth: float
-    processors: int
-    clock: float
-    float_lanes: int
-
-
-GPUS = {
-    "A100 80GB SXM": GPU("sm_80", 2039e9, 108, 1.41e9, 64),
-    "H100 SXM": GPU("sm_90", 3350e9, 132, 1.98e9, 128),
-    "H200 SXM": GPU("sm_90", 4800e9, 132, 1.98e9, 128),
-    "B200": GPU("sm_100", 8000e9, 148, 1.965e9, 128),
-}
 
 SCHEDULERS = 4  # a multiprocessor, each issuing one warp's instruction a clock
 LAUNCH = 4e-6  # seconds

@@ -81,13 +81,16 @@ def as_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def as_json(machine: dict[str, Any], rows: Sequence[Row], others: Sequence[Row]) -> str:
+def as_json(machine: dict[str, Any], rows: Sequence[Row], steps: Sequence[Row], others: Sequence[Row]) -> str:
     """
     Args:
-        others: what the suite measured besides the ops, in pytest-benchmark's figures.
+        rows: of the ops.
+        steps: of the whole step.
+        others: what the suite measured besides, in pytest-benchmark's figures.
     """
     tidy = [{column: rounded(row[column]) for column in COLUMNS} for row in rows]
-    return json.dumps({"machine": machine, "rows": tidy, "others": list(others)}, indent=1) + "\n"
+    tidy_steps = [{column: rounded(value) for column, value in row.items()} for row in steps]
+    return json.dumps({"machine": machine, "rows": tidy, "steps": tidy_steps, "others": list(others)}, indent=1) + "\n"
 
 
 def rounded(value: Any) -> Any:

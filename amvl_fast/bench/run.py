@@ -17,7 +17,7 @@ from amvl_fast.errors import AMVLError
 
 
 def bench(output: Path | None = None, *, quick: bool = False) -> list[Path]:
-    """Run `benchmarks/` and write results.json, results.csv and the plots.
+    """Run `benchmarks/` and write results.json, results.csv, steps.csv and the plots.
 
     Args:
         output: where to; by default `benchmarks/results/` and a name for the machine, in the checkout.
@@ -43,18 +43,27 @@ def bench(output: Path | None = None, *, quick: bool = False) -> list[Path]:
     if not draws:
         print("No plots: matplotlib is not installed (pip install amvl-fast[report]).", file=sys.stderr)
 
-    info, rows, others = collect(run_pytest(folder, quick=quick))
+    info, rows, steps, others = collect(run_pytest(folder, quick=quick))
     directory = output or folder / "results" / (slug(info) + "-quick" * quick)
     directory.mkdir(parents=True, exist_ok=True)
     # All of it aside first: an interrupt leaves what was there before.
     with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=directory) as aside:
         paths = [Path(aside, "results.json"), Path(aside, "results.csv")]
-        paths[0].write_text(as_json(info, rows, others), encoding="utf-8")
+        paths[0].write_text(as_json(info, rows, steps, others), encoding="utf-8")
         paths[1].write_text(as_csv(rows), encoding="utf-8")
+        if steps:
+            from amvl_fast.bench.step_tables import steps_as_csv
+
+            paths.append(Path(aside, "steps.csv"))
+            paths[-1].write_text(steps_as_csv(steps), encoding="utf-8")
         if draws:
             from amvl_fast.bench.plots import write_plots
 
             paths += write_plots(Path(aside), rows, line(info))
+            if steps:
+                from amvl_fast.bench.step_plots import write_scaling
+
+                paths += write_scaling(Path(aside, "scaling.png"), steps, line(info))
         return [path.replace(directory / path.name) for path in paths]
 
 
@@ -72,9 +81,11 @@ def run_pytest(folder: Path, *, quick: bool) -> dict[str, Any]:
         return json.loads(record.read_text(encoding="utf-8"))
 
 
-def collect(record: dict[str, Any]) -> tuple[dict[str, Any], list[Row], list[Row]]:
-    """The machine, the rows of the ops, and in pytest-benchmark's figures everything else that was measured."""
-    rows = [one["extra_info"] for one in record["benchmarks"] if "op" in one["extra_info"]]
+def collect(record: dict[str, Any]) -> tuple[dict[str, Any], list[Row], list[Row], list[Row]]:
+    """The machine, the rows of the ops, those of the step, and in pytest-benchmark's figures everything else."""
+    found = record["benchmarks"]
+    rows = [one["extra_info"] for one in found if "op" in one["extra_info"]]
+    steps = [one["extra_info"] for one in found if "prompt" in one["extra_info"]]
     others = [
         {
             "group": one["group"],
@@ -82,7 +93,7 @@ def collect(record: dict[str, Any]) -> tuple[dict[str, Any], list[Row], list[Row
             "p50_ms": 1e3 * one["stats"]["median"],
             "rounds": one["stats"]["rounds"],
         }
-        for one in record["benchmarks"]
-        if "op" not in one["extra_info"]
+        for one in found
+        if not {"op", "prompt"} & one["extra_info"].keys()
     ]
-    return record["machine_info"]["amvl_fast"], rows, others
+    return record["machine_info"]["amvl_fast"], rows, steps, others

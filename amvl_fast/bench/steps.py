@@ -16,6 +16,9 @@ Step = Callable[[], Tensor]
 
 VOCABULARY = 4096
 
+OURS, THREE_PASS, FLOOR = "shared_prefix", "three_pass", "floor"
+SEVERAL = "shared_prefix, 4 samples"
+
 
 @dataclass(frozen=True)
 class StepCase:
@@ -44,7 +47,19 @@ CASES = {
     StepCase(2048, 128, batch=1): (2.6, 1.05),
 }
 SCALING = [StepCase(prompt, 16) for prompt in (64, 128, 256, 512, 1024, 2048, 4096)]
-SAMPLES = StepCase(1024, 32, batch=2)
+# Where four samples of the posterior are decoded, too, and how many times the step with one that may take.
+SAMPLES, SAMPLES_BAR = StepCase(1024, 32, batch=2), 1.3
+QUICK_CASES = [StepCase(16, 4)]
+
+
+def step_cases(*, quick: bool = False) -> list[StepCase]:
+    """All that is measured, in the order of the report."""
+    return QUICK_CASES if quick else [*CASES, *SCALING]
+
+
+def contestants(case: StepCase) -> list[str]:
+    """Who is measured on a case."""
+    return [OURS, THREE_PASS, FLOOR, *([SEVERAL] if case == SAMPLES else [])]
 
 
 def make_model(k: int) -> AMVLModel:
@@ -59,6 +74,8 @@ def make_model(k: int) -> AMVLModel:
             num_attention_heads=8,
             num_key_value_heads=4,
             max_position_embeddings=8192,
+            bos_token_id=0,
+            eos_token_id=1,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
         ),
         vision_config=dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=256),
@@ -91,13 +108,13 @@ def make_steps(model: AMVLModel, case: StepCase, device: torch.device) -> dict[s
         embeds = adapter.embed(floor_ids).embeds
         hidden = adapter.decode(embeds, None, adapter.positions(floor_ids, torch.ones_like(floor_ids)))
         answers, targets = hidden[:, -case.answer - 1 : -1], floor_ids[:, -case.answer :]
-        loss = token_nll(adapter.logits, answers.flatten(0, 1), targets.flatten(), VOCABULARY).mean()
+        loss = token_nll(adapter.head, answers.flatten(0, 1), targets.flatten()).mean()
         loss.backward()
         return loss
 
     return {
-        "shared_prefix": amvl(),
-        "three_pass": amvl(execution="three_pass"),
-        "floor": floor,
-        "shared_prefix, 4 samples": amvl(num_posterior_samples=4),
+        OURS: amvl(),
+        THREE_PASS: amvl(execution=THREE_PASS),
+        FLOOR: floor,
+        SEVERAL: amvl(num_posterior_samples=4),
     }

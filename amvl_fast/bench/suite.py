@@ -3,69 +3,36 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from amvl_fast.bench.cases import MODES, Case, Inputs, make_inputs, make_rotation, overhead_case
 from amvl_fast.bench.counters import CopyBandwidth, Stopwatch, launches, peak_memory
-from amvl_fast.bench.gate import GateError, check
+from amvl_fast.bench.gate import check
+from amvl_fast.bench.gated import Gated, Measured
 from amvl_fast.bench.machine import machine
 from amvl_fast.bench.measure import OVERHEAD, QUICK, Budget, Times, interleave, no_collection, percentile, speedup
 from amvl_fast.bench.providers import EAGER, OURS, Prepare, Provider, prepare, providers
 from amvl_fast.ops.backends import choose_backend
 
 
-@dataclass
-class Measured:
-    """One provider on one case: its row of the table, and its time in each round, in seconds."""
-
-    row: dict[str, Any]
-    samples: list[float]
-
-
-class Suite:
-    """Measures each case when it is first asked for, and keeps what it found.
-
-    After a red gate there are no results, neither new ones nor those from before.
-    """
+class Suite(Gated[Case]):
+    """The latent op."""
 
     def __init__(self, device: torch.device, *, quick: bool = False) -> None:
+        super().__init__()
         self.device = device
         # Compilation takes longer than all the rest, so a quick run does without.
         self.compiled = not quick
         self.providers: list[Provider] = providers(device, compiled=self.compiled)
         self.budget, self.overhead_budget = (QUICK, QUICK) if quick else (Budget(), OVERHEAD)
         self.machine = machine(device)
-        self.red: GateError | None = None
         self._stopwatch = Stopwatch(device)
         self._copy: CopyBandwidth | None = None
-        self._results: dict[Case, dict[str, Measured]] = {}
         self._overhead: dict[str, dict[str, Times]] = {}
         self._rotation: tuple[Any, list[Inputs]] = (None, [])
         self._compiled_for: Any = None
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        return [measured.row for group in self._results.values() for measured in group.values()]
-
-    def results(self, case: Case) -> dict[str, Measured]:
-        """Everybody's results on a case, by provider.
-
-        Raises:
-            GateError: somebody was wrong, on this case or an earlier one.
-        """
-        if self.red is not None:
-            raise self.red
-        try:
-            if case not in self._results:
-                self._results[case] = self._measure(case)
-        except GateError as error:
-            self.red = error
-            self._results.clear()
-            raise
-        return self._results[case]
 
     def _measure(self, case: Case) -> dict[str, Measured]:
         # A GPU's times come with the host's beside them. On the CPU they are one, so a case without work has to tell.

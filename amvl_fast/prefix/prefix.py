@@ -114,7 +114,8 @@ class Prefix:
         rows = BranchRows(masks, self.prompts)
         embeds = torch.cat([branch.embeds for branch in branches], dim=1)
         positions = self._next_position[:, None] + rows.order.clamp(min=0)
-        read = _ReadPacked if is_flash(self.adapter.decoder.config._attn_implementation) else _Read
+        name = str(self.adapter.decoder.config._attn_implementation)
+        read = _ReadPacked if is_flash(name) else _ReadBlocks if name == "flex_attention" else _Read
         hidden = read(self, rows).decode(embeds, positions)
         return list(hidden.split([mask.shape[1] for mask in masks], dim=1))
 
@@ -182,6 +183,8 @@ class _Read:
 
     def __init__(self, prefix: Prefix, rows: BranchRows) -> None:
         self.prefix, self.rows = prefix, rows
+        # Layers of one kind share theirs.
+        self._masks: dict[tuple[int | None, torch.dtype], Any] = {}
 
     def decode(self, embeds: Tensor, positions: Tensor) -> Tensor:
         axes = self.prefix.adapter.AXES
@@ -192,8 +195,20 @@ class _Read:
     ) -> tuple[Tensor, Any]:
         key = torch.cat([self.prefix.keys[module.layer_idx], key], dim=2)
         value = torch.cat([self.prefix.values[module.layer_idx], value], dim=2)
-        mask = self.rows.mask(kwargs.get("sliding_window"), query.dtype)
-        return attention(module, query, key, value, mask, **kwargs)
+        kind = kwargs.get("sliding_window"), query.dtype
+        if kind not in self._masks:
+            self._masks[kind] = self.mask(*kind)
+        return attention(module, query, key, value, self._masks[kind], **kwargs)
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Any:
+        return self.rows.mask(window, dtype)
+
+
+class _ReadBlocks(_Read):
+    """The same for flex attention."""
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Any:
+        return self.rows.block_mask(window)
 
 
 class _ReadPacked(_Read):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 
 class Prompts(NamedTuple):
@@ -67,23 +68,29 @@ class BranchRows:
         self.branch = torch.arange(len(masks), device=self.valid.device).repeat_interleave(
             sizes, output_size=self.valid.shape[1]
         )
-        self._masks: dict[tuple[int | None, torch.dtype], Tensor] = {}
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """What is added to scores, ``(batch, 1, rows, prompt rows + rows)``: 0 or the dtype's lowest number.
+        """What is added to scores, ``(batch, 1, rows, prompt rows + rows)``: 0 or the dtype's lowest number."""
+        allowed = self.allowed(window)[:, None]
+        return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
+
+    def block_mask(self, window: int | None) -> BlockMask:
+        """The mask as flex attention takes it."""
+        allowed = self.allowed(window)
+        batch, rows, keys = allowed.shape
+        # It is asked about whole blocks, beyond the last row and key, too.
+        size = 128
+        padded = nn.functional.pad(allowed, (0, -keys % size, 0, -rows % size))
+        return create_block_mask(
+            lambda b, _, q, k: padded[b, q, k], batch, None, rows, keys, device=str(allowed.device), BLOCK_SIZE=size
+        )
+
+    def allowed(self, window: int | None) -> Tensor:
+        """Which keys each row reads, ``(batch, rows, prompt rows + rows)`` bool.
 
         Args:
             window: how many rows back a row may look, itself included; None for all.
         """
-        if (window, dtype) not in self._masks:
-            lowest = torch.finfo(dtype).min
-            allowed = self._allowed(window)
-            self._masks[window, dtype] = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(
-                ~allowed, lowest
-            )
-        return self._masks[window, dtype]
-
-    def _allowed(self, window: int | None) -> Tensor:
         batch, rows = self.valid.shape
         lengths = self.prompts.lengths[:, None, None]
         place = torch.arange(self.prompts.rows, device=self.valid.device).expand(batch, 1, -1)
@@ -95,7 +102,7 @@ class BranchRows:
             own = own & (query - key < window)
         # Padding reads itself, for a softmax over nothing would be NaN.
         own = own | torch.eye(rows, dtype=torch.bool, device=self.valid.device)
-        return torch.cat([of_prompt, own], dim=2)[:, None]
+        return torch.cat([of_prompt, own], dim=2)
 
     @cached_property
     def packed(self) -> PackedRows:

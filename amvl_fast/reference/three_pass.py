@@ -42,7 +42,7 @@ def decode(adapter: Adapter, latents: Latents, samples: Samples, z: Tensor) -> A
     for i, hidden in enumerate(run(adapter, samples, rows)):
         targets = samples.labels[i, samples.answer[i]]
         predicting = hidden[-len(targets) - 1 : -1]  # each row predicts the token after it
-        logits = adapter.logits(predicting)
+        logits = adapter.head(predicting)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         totals.append(nn.functional.cross_entropy(logits, targets, reduction="sum"))
         tokens.append(targets.numel())

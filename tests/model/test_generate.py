@@ -27,7 +27,7 @@ def greedy(model, batch, temperature, seed):
     tokens = torch.zeros(len(tails), 0, dtype=torch.long)
     for _ in range(NEW):
         last = torch.stack([hidden[-1] for hidden in run(model.adapter, samples, tails)])
-        chosen = model.adapter.logits(last).argmax(-1)
+        chosen = model.adapter.head(last).argmax(-1)
         tokens = torch.cat([tokens, chosen[:, None]], dim=1)
         fresh = model.get_input_embeddings()(chosen)
         tails = [torch.cat([tail, row[None]]) for tail, row in zip(tails, fresh, strict=True)]
