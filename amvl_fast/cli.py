@@ -60,7 +60,9 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--max-new-tokens", type=positive, default=64)
     verb.set_defaults(run=run_generate)
 
-    verb = verbs.add_parser("bench", help="measure gaussian_dual_kl beside its peers, with tables and plots")
+    verb = verbs.add_parser(
+        "bench", help="measure gaussian_dual_kl and the AMVL step beside their peers, with tables and plots"
+    )
     verb.add_argument(
         "--output",
         metavar="DIR",

@@ -16,6 +16,7 @@ from amvl_fast.backbones import Adapter, adapter_for
 from amvl_fast.configuration import AMVLConfig
 from amvl_fast.errors import AMVLError
 from amvl_fast.latents import Gaussian, Latents
+from amvl_fast.objective import require_bound
 from amvl_fast.ops import gaussian_noise, sample_gaussian
 from amvl_fast.ops.arguments import seed_tensor
 from amvl_fast.reference.three_pass import three_pass
@@ -32,7 +33,6 @@ from amvl_fast.samples import (
 from amvl_fast.step import importance_bound, prior_of, shared_prefix
 
 EXECUTIONS = ("shared_prefix", "three_pass")
-POSTERIOR_BOUNDS = ("mean", "importance")
 
 
 @dataclass
@@ -226,10 +226,7 @@ class AMVLModel(PreTrainedModel):
         """
         if execution not in EXECUTIONS:
             raise AMVLError(f"execution={execution!r} is not known; use one of {EXECUTIONS}.")
-        if posterior_bound not in POSTERIOR_BOUNDS:
-            raise AMVLError(f"posterior_bound={posterior_bound!r} is not known; use one of {POSTERIOR_BOUNDS}.")
-        if num_posterior_samples < 1:
-            raise AMVLError(f"num_posterior_samples is {num_posterior_samples}; it must be at least 1.")
+        require_bound(num_posterior_samples, posterior_bound)
         if padding_free and execution != "shared_prefix":
             raise AMVLError(f"padding_free goes with execution='shared_prefix', not with {execution!r}.")
         if labels is None:
@@ -332,8 +329,9 @@ class AMVLModel(PreTrainedModel):
             labels = torch.full_like(input_ids, -100)
         else:
             prompt, answer = split_prompt_and_answer(labels, attention_mask)
+        embedded = self.adapter.embed(input_ids, **vision)
         positions = self.adapter.positions(input_ids, attention_mask, **vision)
-        return Samples(*self.adapter.embed(input_ids, **vision), positions, prompt, answer, labels)
+        return Samples(*embedded, positions, prompt, answer, labels)
 
     def _prior(self, samples: Samples) -> Gaussian:
         return prior_of(self.adapter, self.latents, samples)

@@ -37,6 +37,17 @@ OBJECTIVES = {
 }
 
 
+POSTERIOR_BOUNDS = ("mean", "importance")
+
+
+def require_bound(num_posterior_samples: int, posterior_bound: str) -> None:
+    """Raise AMVLError if there is no such bound or no sample for it."""
+    if posterior_bound not in POSTERIOR_BOUNDS:
+        raise AMVLError(f"posterior_bound={posterior_bound!r} is not known; use one of {POSTERIOR_BOUNDS}.")
+    if num_posterior_samples < 1:
+        raise AMVLError(f"num_posterior_samples is {num_posterior_samples}; it must be at least 1.")
+
+
 @dataclass(frozen=True)
 class Objective:
     """One row of the ablation table with its weights.
@@ -50,6 +61,7 @@ class Objective:
             what inference does.
         kl_warmup_steps: length of each KL's linear ramp from 0; below 1 it is a share of the training's steps.
         kl_delay_steps: where the second KL's ramp begins (gamma's, or beta's when gamma comes first); likewise.
+        num_posterior_samples, posterior_bound: see `AMVLModel.forward`. Ours.
 
     Raises:
         AMVLError: an unknown name or a negative weight.
@@ -62,13 +74,17 @@ class Objective:
     prior_ntp_weight: float = 0.0
     kl_warmup_steps: float = 0.1
     kl_delay_steps: float = 0.2
+    num_posterior_samples: int = 1
+    posterior_bound: str = "mean"
 
     def __post_init__(self) -> None:
         if self.name not in OBJECTIVES:
             raise AMVLError(f"objective.name is {self.name!r}; use one of: {', '.join(OBJECTIVES)}.")
         for field in fields(self):
-            if field.name != "name" and getattr(self, field.name) < 0:
-                raise AMVLError(f"objective.{field.name} is {getattr(self, field.name)}; it must be at least 0.")
+            value = getattr(self, field.name)
+            if not isinstance(value, str) and value < 0:
+                raise AMVLError(f"objective.{field.name} is {value}; it must be at least 0.")
+        require_bound(self.num_posterior_samples, self.posterior_bound)
 
     @property
     def terms(self) -> Terms:
@@ -88,6 +104,8 @@ class Objective:
             "ntp_weight": terms.ntp * self.ntp_weight,
             "prior_ntp_weight": self.prior_ntp_weight,
             "stop_gradient": terms.stop_gradient,
+            "num_posterior_samples": self.num_posterior_samples,
+            "posterior_bound": self.posterior_bound,
         }
 
     def _ramp(self, step: int, total_steps: int, start: int) -> float:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.models.gemma3.modeling_gemma3 import create_masks_for_vision_model, get_block_sequence_ids_for_mask
 
 from amvl_fast.backbones.adapter import Adapter
+from amvl_fast.errors import AMVLError
 
 
 class LlavaAdapter(Adapter):
@@ -55,6 +56,14 @@ class Gemma3Adapter(Adapter):
 
     def extras(self, places: Tensor, images: Any) -> dict[str, Tensor]:
         return {"images": places.int()}
+
+    def generate(
+        self, embeds: Tensor, attention_mask: Tensor, positions: Tensor, extras: dict[str, Tensor], **kwargs: Any
+    ) -> Any:
+        raise AMVLError(
+            "Gemma3Adapter: generating is not supported yet, because transformers' generate takes no embeddings for "
+            "Gemma 3; train and score with forward()."
+        )
 
     def mask(self, embeds: Tensor, attention_mask: Tensor | None, positions: Tensor, extras: dict[str, Tensor]) -> Any:
         if not extras:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amvl_fast.backbones.adapter import Adapter
+from amvl_fast.backbones.adapter import Adapter, Embedded
 from amvl_fast.errors import AMVLError
 
 
@@ -24,9 +24,12 @@ class Qwen2VLAdapter(Adapter):
     def image_features(self, **vision: Any) -> Any:
         return self.inner.get_image_features(vision["pixel_values"], vision["image_grid_thw"], return_dict=True)
 
-    def positions(self, input_ids: Tensor, attention_mask: Tensor, **vision: Any) -> Tensor:
+    def embed(self, input_ids: Tensor, **vision: Any) -> Embedded:
         if (vision.get("pixel_values") is None) != (vision.get("image_grid_thw") is None):
             raise AMVLError("pixel_values and image_grid_thw go together; pass all that the processor returned.")
+        return super().embed(input_ids, **vision)
+
+    def positions(self, input_ids: Tensor, attention_mask: Tensor, **vision: Any) -> Tensor:
         if vision.get("image_grid_thw") is None:
             return super().positions(input_ids, attention_mask)
         kinds = vision.get("mm_token_type_ids")

@@ -23,6 +23,8 @@ from amvl_fast.errors import AMVLError
 from amvl_fast.prefix.attention import Attention, is_flash, take_prefix
 from amvl_fast.prefix.rows import BranchRows, Prompts, lay_out
 
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+
 
 class Branch(NamedTuple):
     """What follows each prompt of a batch.
@@ -79,6 +81,12 @@ class Prefix:
             AMVLError: the backbone's attention cannot share prompts, or checkpointing would drop their gradients.
         """
         name = take_prefix(adapter.decoder)
+        unknown = set(getattr(adapter.decoder.config, "layer_types", None) or ()) - LAYER_TYPES
+        if unknown:
+            raise AMVLError(
+                f"shared_prefix knows no layers of type {', '.join(sorted(unknown))}, which "
+                f"{type(adapter.decoder).__name__} has; use execution='three_pass'."
+            )
         if padding_free and not is_flash(name):
             raise AMVLError(
                 f"padding_free needs a flash attention, and attn_implementation is {name!r}; use one, or leave "
@@ -195,7 +203,7 @@ class _Read:
     ) -> tuple[Tensor, Any]:
         key = torch.cat([self.prefix.keys[module.layer_idx], key], dim=2)
         value = torch.cat([self.prefix.values[module.layer_idx], value], dim=2)
-        kind = kwargs.get("sliding_window"), query.dtype
+        kind = window_of(module, kwargs), query.dtype
         if kind not in self._masks:
             self._masks[kind] = self.mask(*kind)
         return attention(module, query, key, value, self._masks[kind], **kwargs)
@@ -223,10 +231,27 @@ class _ReadPacked(_Read):
     def attend(
         self, attention: Attention, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Any]:
+        window_of(module, kwargs)  # is among what flash attention gets
         packed, layer = self.rows.packed, module.layer_idx
         key = _select(self.prefix.keys[layer], key, packed.keys)
         value = _select(self.prefix.values[layer], value, packed.keys)
         return attention(module, query, key, value, None, **kwargs | packed.lengths)
+
+
+def window_of(module: Any, kwargs: dict[str, Any]) -> int | None:
+    """How many rows back a layer looks, as its attention is told.
+
+    Raises:
+        AMVLError: nobody told the attention of a layer that has a window.
+    """
+    window = kwargs.get("sliding_window")
+    types = getattr(module.config, "layer_types", None)
+    if window is None and types and types[module.layer_idx] == "sliding_attention":
+        raise AMVLError(
+            f"shared_prefix: {type(module).__name__} does not tell its attention the sliding window of layer "
+            f"{module.layer_idx}; use execution='three_pass'."
+        )
+    return window
 
 
 def _select(of_prompts: Tensor, own: Tensor, index: Tensor) -> Tensor:

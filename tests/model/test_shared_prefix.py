@@ -5,11 +5,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
+from transformers.integrations import flex_attention as flex
 
 import amvl_fast
 from amvl_fast.errors import AMVLError
 
-from .families import CONFIGS, IMAGE, make_batch, make_model
+from .families import CONFIGS, IMAGE, IMAGES, make_batch, make_model
 from .flash import use_flash
 from .precision import Float64Throughout
 
@@ -231,6 +233,68 @@ def test_the_prompt_runs_once_and_the_branches_in_pairs():
     longest = int((batch["labels"] != -100).sum(1).max())
     prompt = int(((batch["labels"] == -100) & (batch["attention_mask"] == 1)).sum(1).max())
     assert rows == [prompt, 3 + longest + 3, 2 * (3 + 1 + longest)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_posterior_samples": 0}, "num_posterior_samples is 0"),
+        ({"posterior_bound": "best"}, "posterior_bound='best' is not known"),
+        ({"execution": "three_pass", "padding_free": True}, "padding_free goes with execution='shared_prefix'"),
+    ],
+)
+def test_options_that_do_not_exist(options, message):
+    model = make_model("qwen2_5_vl")
+    with pytest.raises(AMVLError, match=message):
+        model(**make_batch(model, "qwen2_5_vl"), **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_and_their_tokens_must_agree(family):
+    model = make_model(family)
+    batch = make_batch(model, family)
+    image = (batch["input_ids"] == IMAGE).nonzero()[0]
+    batch["input_ids"][tuple(image)] = 5
+    with pytest.raises(AMVLError, match="image tokens, but pixel_values make"):
+        model(**batch)
+    del batch["pixel_values"]
+    batch.pop("image_grid_thw", None)
+    with pytest.raises(AMVLError, match="pixel_values are missing"):
+        model(**batch)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+def test_generating_without_what_the_decoder_needs_is_refused(family):
+    model = make_model(family)
+    batch = make_batch(model, family)
+    del batch["labels"]
+    with pytest.raises(AMVLError, match="generating.* is not supported yet"):
+        model.generate(**batch)
+
+
+@pytest.mark.parametrize("family", sorted({*FAMILIES} - {"gemma3"}))
+def test_every_other_family_generates(family):
+    """After images where its decoder takes embeddings alone, and after text everywhere."""
+    model = make_model(family)
+    batch = make_batch(model, family, images=(0, 0, 0) if family == "qwen3_vl" else IMAGES)
+    keep = batch.pop("labels") == -100
+    batch["attention_mask"] = batch["attention_mask"] * keep
+    out = model.generate(**batch, seed=1, max_new_tokens=3, do_sample=False, pad_token_id=0, eos_token_id=63)
+    assert out.shape == (3, batch["input_ids"].shape[1] + 3)
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+def test_flex_attention_says_the_same(monkeypatch, family):
+    """Without gradients, which PyTorch's flex attention has on GPUs alone, and not compiled."""
+    monkeypatch.setattr(flex, "compile_friendly_flex_attention", lambda *qkv, training, **k: flex_attention(*qkv, **k))
+    model = make_model(family, head_dim=16)
+    batch = make_batch(model, family, images=(0, 0, 0) if family == "gemma3" else IMAGES)
+    with torch.no_grad():
+        expected = model(**batch, seed=5)
+        model.adapter.decoder.set_attn_implementation("flex_attention")
+        got = model(**batch, seed=5)
+    for name in OUTPUTS:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-6, atol=1e-7)
 
 
 def test_an_attention_that_nobody_knows_is_refused():

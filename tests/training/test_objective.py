@@ -27,7 +27,8 @@ def test_a_name_switches_exactly_its_terms(name, row):
     end = Objective(name, beta=2.0, gamma=0.5, ntp_weight=3.0).at(99, 100)
     ntp, forward, reverse, stop = row
     expected = {"ntp_weight": 3.0 * ntp, "beta": 2.0 * forward, "gamma": 0.5 * reverse}
-    assert end == {**expected, "prior_ntp_weight": 0.0, "stop_gradient": stop}
+    ours = {"prior_ntp_weight": 0.0, "num_posterior_samples": 1, "posterior_bound": "mean"}
+    assert end == {**expected, **ours, "stop_gradient": stop}
 
 
 def test_the_first_kl_warms_up_and_the_second_waits():
@@ -57,3 +58,12 @@ def test_bad_values_are_refused():
         Objective("vae")
     with pytest.raises(AMVLError, match="objective.gamma is -0.1"):
         Objective(gamma=-0.1)
+
+
+def test_samples_of_the_posterior_reach_the_model():
+    options = Objective(num_posterior_samples=4, posterior_bound="importance").at(0, 10)
+    assert (options["num_posterior_samples"], options["posterior_bound"]) == (4, "importance")
+    with pytest.raises(AMVLError, match="num_posterior_samples is 0; it must be at least 1"):
+        Objective(num_posterior_samples=0)
+    with pytest.raises(AMVLError, match="posterior_bound='best' is not known; use one of"):
+        Objective(posterior_bound="best")
