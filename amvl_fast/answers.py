@@ -29,7 +29,7 @@ def token_nll(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
         hidden: ``(rows, hidden_size)``, the states that predict the targets.
         targets: ``(rows,)`` int64.
     """
-    if hidden.is_cuda and type(head) is nn.Linear and fused_nll() is not None:
+    if hidden.is_cuda and is_plain(head, hidden.device) and fused_nll() is not None:
         return fused_nll()(head.weight, hidden, targets, head.bias)
 
     def nll(hidden: Tensor, targets: Tensor) -> Tensor:
@@ -44,6 +44,12 @@ def token_nll(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
             for some, wanted in zip(hidden.split(rows), targets.split(rows), strict=True)
         ]
     )
+
+
+def is_plain(head: nn.Module, device: torch.device) -> bool:
+    """Whether a head is its weight and nothing else, and the weight is here: no adapter, no offloading."""
+    hooks = (head._forward_hooks, head._forward_pre_hooks, hasattr(head, "_hf_hook"))
+    return type(head) is nn.Linear and head.weight.device == device and not any(hooks)
 
 
 @cache

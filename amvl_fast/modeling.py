@@ -19,7 +19,7 @@ from amvl_fast.latents import Gaussian, Latents
 from amvl_fast.objective import require_bound
 from amvl_fast.ops import gaussian_noise, sample_gaussian
 from amvl_fast.ops.arguments import seed_tensor
-from amvl_fast.reference.three_pass import three_pass
+from amvl_fast.reference.three_pass import slot_states, three_pass
 from amvl_fast.samples import (
     POSTERIOR_STREAM,
     PRIOR_STREAM,
@@ -30,7 +30,7 @@ from amvl_fast.samples import (
     split_prompt_and_answer,
     with_prompt,
 )
-from amvl_fast.step import importance_bound, prior_of, shared_prefix
+from amvl_fast.step import importance_bound, shared_prefix
 
 EXECUTIONS = ("shared_prefix", "three_pass")
 
@@ -315,12 +315,6 @@ class AMVLModel(PreTrainedModel):
     ) -> Samples:
         """Embed a batch and split it; without labels the whole row is prompt."""
         vision = {name: value for name, value in vision.items() if value is not None}
-        unknown = sorted(set(vision) - set(self.adapter.VISION_INPUTS))
-        if unknown:
-            raise AMVLError(
-                f"{type(self.adapter).__name__} does not take the inputs {unknown}; "
-                f"besides input_ids, attention_mask and labels it takes {list(self.adapter.VISION_INPUTS)}."
-            )
         require_finite(**vision)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -334,7 +328,8 @@ class AMVLModel(PreTrainedModel):
         return Samples(*embedded, positions, prompt, answer, labels)
 
     def _prior(self, samples: Samples) -> Gaussian:
-        return prior_of(self.adapter, self.latents, samples)
+        # One branch has nobody to share with.
+        return self.latents.prior_head(slot_states(self.adapter, self.latents, samples, see_answer=False))
 
     def _three_pass(
         self, samples: Samples, seeds: list[Tensor], *, decode_prior: bool, stop_gradient: bool

@@ -50,13 +50,6 @@ class Answers(NamedTuple):
         )
 
 
-def prior_of(adapter: Adapter, latents: Latents, samples: Samples) -> Gaussian:
-    """The prior alone."""
-    prefix = Prefix.of(adapter, samples.embeds, samples.positions, samples.prompt, samples.extras)
-    (states,) = prefix.run([Branch(_slots(latents, samples))])
-    return latents.prior_head(states)
-
-
 def shared_prefix(
     adapter: Adapter,
     latents: Latents,

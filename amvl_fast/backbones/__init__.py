@@ -35,6 +35,10 @@ def adapter_for(model: Any) -> Adapter:
     Raises:
         AMVLError: the architecture is not supported.
     """
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise AMVLError(
+            "PEFT's prompt learning is not supported, because its tokens stand in no row; use LoRA, for example."
+        )
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
     kind = getattr(model.config, "model_type", type(model).__name__)
     if kind not in ADAPTERS:

@@ -62,8 +62,14 @@ class Adapter:
         """Token embeddings with the image features in place.
 
         Raises:
-            AMVLError: image tokens without images, or images without their inputs.
+            AMVLError: image tokens without images, images without their tokens, or inputs that nobody reads.
         """
+        unknown = sorted(set(vision) - set(self.VISION_INPUTS))
+        if unknown:
+            raise AMVLError(
+                f"{type(self).__name__} does not take the inputs {unknown}; "
+                f"besides input_ids, attention_mask and labels it takes {list(self.VISION_INPUTS)}."
+            )
         embeds = self.model.get_input_embeddings()(self.token_ids(input_ids))
         places = input_ids == self.model.config.image_token_id
         if vision.get("pixel_values") is None:

@@ -57,7 +57,11 @@ def taking_prefix(attention: Attention) -> Attention:
 
 def eager_attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
     """The eager attention that stands in a module's own file, as transformers has it throughout."""
-    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
+    for kind in type(module).__mro__:
+        function = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
+        if function is not None:
+            return function(module, *args, **kwargs)
+    raise AMVLError(f"{type(module).__name__} has no eager attention to be found; use attn_implementation='sdpa'.")
 
 
 AttentionInterface.register(EAGER, taking_prefix(eager_attention))
@@ -66,7 +70,7 @@ AttentionMaskInterface.register(EAGER, eager_mask)
 
 def is_flash(name: str) -> bool:
     """Whether an attention takes sequences of several lengths and no mask."""
-    return "flash" in name
+    return name.startswith("flash_attention") or "flash-attn" in name  # or one of the hub's kernels
 
 
 def take_prefix(decoder: PreTrainedModel) -> str:
@@ -86,5 +90,5 @@ def take_prefix(decoder: PreTrainedModel) -> str:
         )
     attention = ALL_ATTENTION_FUNCTIONS[name]
     if not hasattr(attention, "takes_prefix"):
-        AttentionInterface.register(name, taking_prefix(attention))
+        ALL_ATTENTION_FUNCTIONS[name] = taking_prefix(attention)  # comes before what others register
     return name

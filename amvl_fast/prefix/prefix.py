@@ -21,9 +21,8 @@ from transformers import PreTrainedModel
 from amvl_fast.backbones import Adapter, adapter_for
 from amvl_fast.errors import AMVLError
 from amvl_fast.prefix.attention import Attention, is_flash, take_prefix
+from amvl_fast.prefix.requirements import require_fixed_rotations, require_shareable, window_of
 from amvl_fast.prefix.rows import BranchRows, Prompts, lay_out
-
-LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 class Branch(NamedTuple):
@@ -54,7 +53,6 @@ class Prefix:
         self.values: dict[int, Tensor] = {}
         # Rows after a prompt take the text positions that follow its largest, whatever the rotary scheme.
         self._next_position = next_position
-        self._trains = torch.is_grad_enabled()
 
     @classmethod
     def of(
@@ -81,12 +79,7 @@ class Prefix:
             AMVLError: the backbone's attention cannot share prompts, or checkpointing would drop their gradients.
         """
         name = take_prefix(adapter.decoder)
-        unknown = set(getattr(adapter.decoder.config, "layer_types", None) or ()) - LAYER_TYPES
-        if unknown:
-            raise AMVLError(
-                f"shared_prefix knows no layers of type {', '.join(sorted(unknown))}, which "
-                f"{type(adapter.decoder).__name__} has; use execution='three_pass'."
-            )
+        require_shareable(adapter.decoder)
         if padding_free and not is_flash(name):
             raise AMVLError(
                 f"padding_free needs a flash attention, and attn_implementation is {name!r}; use one, or leave "
@@ -95,14 +88,18 @@ class Prefix:
         prompts, index = lay_out(mask, packed=padding_free)
         after = positions.masked_fill(~mask, 0).amax((0, 2)) + 1
         self = cls(adapter, prompts, after)
+        record = _Record(self)
         adapter.decode(
             embeds.flatten(0, 1)[index],
             None,
             positions.flatten(1)[:, index],
             extras={name: value.flatten(0, 1)[index] for name, value in (extras or {}).items()},
-            prefix=_Record(self),
+            prefix=record,
             **prompts.sequences(),
         )
+        # The graph keeps the record where layers are checkpointed; were it to keep the prefix, which keeps the graph, a
+        # step without a backward pass would never be freed.
+        record.prefix = None
         missing = adapter.layers - len(self.keys)
         if missing:
             raise AMVLError(
@@ -120,22 +117,14 @@ class Prefix:
             embeds.new_ones(embeds.shape[:2], dtype=torch.bool) if mask is None else mask for embeds, mask in branches
         ]
         rows = BranchRows(masks, self.prompts)
+        longest = self.prompts.longest + max(mask.shape[1] for mask in masks)
+        require_fixed_rotations(self.adapter.decoder, longest)
         embeds = torch.cat([branch.embeds for branch in branches], dim=1)
         positions = self._next_position[:, None] + rows.order.clamp(min=0)
         name = str(self.adapter.decoder.config._attn_implementation)
         read = _ReadPacked if is_flash(name) else _ReadBlocks if name == "flex_attention" else _Read
         hidden = read(self, rows).decode(embeds, positions)
         return list(hidden.split([mask.shape[1] for mask in masks], dim=1))
-
-    def _put(self, layer: int, key: Tensor, value: Tensor) -> None:
-        if self._trains and not torch.is_grad_enabled():
-            raise AMVLError(
-                "shared_prefix cannot keep the gradients of prompts under reentrant activation checkpointing; call "
-                "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
-            )
-        # A checkpointed layer comes by again in the backward pass, when branches need what was there the first time.
-        if layer not in self.keys:
-            self.keys[layer], self.values[layer] = key, value
 
 
 def run_prompts(
@@ -149,7 +138,8 @@ def run_prompts(
     """Run prompts once, for branches to continue: the piece of `AMVLModel` for training loops of your own.
 
     Args:
-        backbone: an image-text-to-text model of transformers of one of the families in `amvl_fast.backbones.ADAPTERS`.
+        backbone: an image-text-to-text model of transformers, of a family in `amvl_fast.backbones.ADAPTERS`. If its
+            attention is ``"eager"``, it goes by the name ``"amvl_fast_eager"`` from now on.
         input_ids: ``(batch, length)`` int64, prompts alone, padded on either side.
         attention_mask: ``(batch, length)``, 0 on padding; None means no padding.
         padding_free: see `Prefix.of`.
@@ -173,17 +163,34 @@ def run_prompts(
     )
 
 
+# What is kept in Python stays out of compiled layers: as guards, it would have each compiled for itself.
+_outside_of_graphs: Any = torch.compiler.disable
+
+
 class _Record:
-    """Attention of prompts: as it is, and keys and values are kept."""
+    """Attention of prompts: as it is, and keys and values are kept, the first time."""
 
     def __init__(self, prefix: Prefix) -> None:
-        self.prefix = prefix
+        self.prefix: Prefix | None = prefix
+        self.trains = torch.is_grad_enabled()
 
     def attend(
         self, attention: Attention, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Any]:
-        self.prefix._put(module.layer_idx, key, value)
+        self.put(module, key, value, kwargs.get("sliding_window"))
         return attention(module, query, key, value, mask, **kwargs)
+
+    @_outside_of_graphs
+    def put(self, module: Any, key: Tensor, value: Tensor, window: int | None) -> None:
+        if self.prefix is None:  # a checkpointed layer comes by again in the backward pass
+            return
+        if self.trains and not torch.is_grad_enabled():
+            raise AMVLError(
+                "shared_prefix cannot keep the gradients of prompts under reentrant activation checkpointing; call "
+                "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
+            )
+        window_of(module, {"sliding_window": window})
+        self.prefix.keys[module.layer_idx], self.prefix.values[module.layer_idx] = key, value
 
 
 class _Read:
@@ -192,7 +199,7 @@ class _Read:
     def __init__(self, prefix: Prefix, rows: BranchRows) -> None:
         self.prefix, self.rows = prefix, rows
         # Layers of one kind share theirs.
-        self._masks: dict[tuple[int | None, torch.dtype], Any] = {}
+        self.masks: dict[Any, Any] = {}
 
     def decode(self, embeds: Tensor, positions: Tensor) -> Tensor:
         axes = self.prefix.adapter.AXES
@@ -201,22 +208,28 @@ class _Read:
     def attend(
         self, attention: Attention, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Any]:
-        key = torch.cat([self.prefix.keys[module.layer_idx], key], dim=2)
-        value = torch.cat([self.prefix.values[module.layer_idx], value], dim=2)
-        kind = window_of(module, kwargs), query.dtype
-        if kind not in self._masks:
-            self._masks[kind] = self.mask(*kind)
-        return attention(module, query, key, value, self._masks[kind], **kwargs)
+        key, value, mask = self.extend(module, query, key, value, kwargs.get("sliding_window"))
+        return attention(module, query, key, value, mask, **kwargs)
 
-    def mask(self, window: int | None, dtype: torch.dtype) -> Any:
-        return self.rows.mask(window, dtype)
+    @_outside_of_graphs
+    def extend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, window: int | None
+    ) -> tuple[Tensor, Tensor, Any]:
+        kind = window, query.dtype, query.device
+        if kind not in self.masks:
+            self.masks[kind] = self.mask(*kind)
+        key = torch.cat([self.prefix.keys[module.layer_idx], key], dim=2)
+        return key, torch.cat([self.prefix.values[module.layer_idx], value], dim=2), self.masks[kind]
+
+    def mask(self, window: int | None, dtype: torch.dtype, device: torch.device) -> Any:
+        return self.rows.mask(window, dtype).to(device)
 
 
 class _ReadBlocks(_Read):
     """The same for flex attention."""
 
-    def mask(self, window: int | None, dtype: torch.dtype) -> Any:
-        return self.rows.block_mask(window)
+    def mask(self, window: int | None, dtype: torch.dtype, device: torch.device) -> Any:
+        return self.rows.block_mask(window).to(str(device))
 
 
 class _ReadPacked(_Read):
@@ -231,27 +244,21 @@ class _ReadPacked(_Read):
     def attend(
         self, attention: Attention, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Any]:
-        window_of(module, kwargs)  # is among what flash attention gets
+        key, value, sequences = self.extend(module, query, key, value, None)
+        return attention(module, query, key, value, None, **kwargs | sequences)
+
+    @_outside_of_graphs
+    def extend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, window: int | None
+    ) -> tuple[Tensor, Tensor, Any]:
         packed, layer = self.rows.packed, module.layer_idx
-        key = _select(self.prefix.keys[layer], key, packed.keys)
-        value = _select(self.prefix.values[layer], value, packed.keys)
-        return attention(module, query, key, value, None, **kwargs | packed.lengths)
-
-
-def window_of(module: Any, kwargs: dict[str, Any]) -> int | None:
-    """How many rows back a layer looks, as its attention is told.
-
-    Raises:
-        AMVLError: nobody told the attention of a layer that has a window.
-    """
-    window = kwargs.get("sliding_window")
-    types = getattr(module.config, "layer_types", None)
-    if window is None and types and types[module.layer_idx] == "sliding_attention":
-        raise AMVLError(
-            f"shared_prefix: {type(module).__name__} does not tell its attention the sliding window of layer "
-            f"{module.layer_idx}; use execution='three_pass'."
+        index = packed.keys.to(key.device)
+        sequences = {n: v.to(key.device) if isinstance(v, Tensor) else v for n, v in packed.lengths.items()}
+        return (
+            _select(self.prefix.keys[layer], key, index),
+            _select(self.prefix.values[layer], value, index),
+            sequences,
         )
-    return window
 
 
 def _select(of_prompts: Tensor, own: Tensor, index: Tensor) -> Tensor:

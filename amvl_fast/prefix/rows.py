@@ -9,18 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from amvl_fast.errors import AMVLError
+
 
 class Prompts(NamedTuple):
     """Where prompts lie among the rows that ran, `(batch, rows)` flattened.
 
     Attributes:
         starts, lengths: ``(batch,)`` int64 each.
-        rows: of the longest prompt, or of all in one where they are packed.
+        longest: rows of the longest.
+        rows: as many, or those of all where they are packed.
         packed: whether all prompts lie in one row, one behind the other.
     """
 
     starts: Tensor
     lengths: Tensor
+    longest: int
     rows: int
     packed: bool
 
@@ -28,8 +32,8 @@ class Prompts(NamedTuple):
         """What flash attention has to be told of packed prompts; nothing of others."""
         if not self.packed:
             return {}
-        ends, longest = offsets(self.lengths).int(), int(self.lengths.max())
-        return dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=longest, max_length_k=longest)
+        ends = offsets(self.lengths).int()
+        return dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=self.longest, max_length_k=self.longest)
 
 
 def lay_out(mask: Tensor, *, packed: bool) -> tuple[Prompts, Tensor]:
@@ -40,15 +44,20 @@ def lay_out(mask: Tensor, *, packed: bool) -> tuple[Prompts, Tensor]:
     Args:
         mask: ``(batch, length)`` bool, True on the rows of prompts, wherever they are.
         packed: all into one row, without padding.
+
+    Raises:
+        AMVLError: a prompt is empty.
     """
     lengths = mask.sum(1)
+    shortest, longest = torch.stack(lengths.aminmax()).tolist()
+    if shortest == 0:
+        raise AMVLError(f"Row {int(lengths.argmin())} of the batch has no prompt; give each at least one token.")
     batch = torch.arange(len(mask), device=mask.device)
     if packed:
         index = mask.flatten().nonzero().squeeze(1)[None]
-        return Prompts(offsets(lengths)[:-1], lengths, index.shape[1], packed), index
-    rows = int(lengths.max())
-    order = (~mask).to(torch.int8).argsort(dim=1, stable=True)[:, :rows]
-    return Prompts(rows * batch, lengths, rows, packed), order + mask.shape[1] * batch[:, None]
+        return Prompts(offsets(lengths)[:-1], lengths, longest, index.shape[1], packed), index
+    order = (~mask).to(torch.int8).argsort(dim=1, stable=True)[:, :longest]
+    return Prompts(longest * batch, lengths, longest, longest, packed), order + mask.shape[1] * batch[:, None]
 
 
 class BranchRows:
