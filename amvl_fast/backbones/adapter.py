@@ -76,7 +76,15 @@ class Adapter:
             if places.any():
                 raise AMVLError("input_ids hold image tokens, but pixel_values are missing; pass the images too.")
             return Embedded(embeds, {})
-        images = self.image_features(**vision)
+        # No graph where nothing is trained, even if somebody makes inputs require gradients, as checkpointing may.
+        trained = any(
+            parameter.requires_grad
+            for part in self.inner.children()
+            if part is not self.decoder
+            for parameter in part.parameters()
+        )
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            images = self.image_features(**vision)
         features = torch.cat(list(images.pooler_output)).to(embeds.device, embeds.dtype)
         if places.sum() != len(features):
             raise AMVLError(
