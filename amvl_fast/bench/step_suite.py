@@ -27,7 +27,7 @@ from amvl_fast.bench.steps import (
 )
 
 # Seven rounds or more make a steady median; of the longest prompts, whose rounds take many seconds, three will do.
-BUDGET = Budget(seconds=7, max_rounds=60, min_rounds=7, patience=20)
+BUDGET = Budget(seconds=15, max_rounds=60, min_rounds=7, patience=20)
 TOLERANCE = {"loss": 1e-5, "gradient": 1e-5}  # relative; of the gradient the norm of the difference over its own
 
 
