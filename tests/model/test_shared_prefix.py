@@ -95,7 +95,7 @@ def test_sliding_windows(monkeypatch, family, attention):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "gemma3", "smolvlm"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_checkpointing_changes_nothing(monkeypatch, family, attention):
     model = make_model(family)
     batch = make_batch(model, family, images=(0, 0, 0) if family == "gemma3" else (2, 1, 0))
@@ -132,10 +132,17 @@ def test_options_and_tied_embeddings(tied, options):
     assert_same(step(model, batch, "shared_prefix", **options), expected, 1e-10)
 
 
-def test_float32():
-    model = make_model("qwen2_5_vl", torch.float32)
-    batch = make_batch(model, "qwen2_5_vl")
-    assert_same(step(model, batch, "shared_prefix"), step(model, batch, "three_pass"), 1e-5)
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32(monkeypatch, family, attention):
+    model = make_model(family, torch.float32)
+    batch = make_batch(model, family, images=(0, 0, 0) if family == "gemma3" else IMAGES)
+    expected = step(model, batch, "three_pass")
+    if attention == "flash_attention_2":
+        use_flash(monkeypatch, model)
+    else:
+        model.backbone.set_attn_implementation(attention)
+    assert_same(step(model, batch, "shared_prefix"), expected, 1e-5)
 
 
 def test_autocast_is_as_close_to_the_truth_as_three_passes_are():
