@@ -92,3 +92,11 @@ def use_flash(monkeypatch: Any, model: Any) -> StandIn:
     # set_attn_implementation asks for the package itself.
     model.adapter.decoder.config._attn_implementation_internal = "flash_attention_2"
     return stand_in
+
+
+def use_attention(monkeypatch: Any, model: Any, name: str) -> None:
+    """Any attention by its name; flash attention through the stand-in."""
+    if name == "flash_attention_2":
+        use_flash(monkeypatch, model)
+    else:
+        model.backbone.set_attn_implementation(name)

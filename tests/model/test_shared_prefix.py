@@ -12,7 +12,7 @@ import amvl_fast
 from amvl_fast.errors import AMVLError
 
 from .families import CONFIGS, IMAGE, IMAGES, make_batch, make_model
-from .flash import use_flash
+from .flash import use_attention, use_flash
 from .precision import Float64Throughout
 
 FAMILIES = list(CONFIGS)
@@ -87,10 +87,7 @@ def test_sliding_windows(monkeypatch, family, attention):
             assert (layer.self_attn.sliding_window is not None) == (kind == "sliding")
         batch = make_batch(model, family, images=(0, 0, 0))
         expected = step(model, batch, "three_pass")
-        if attention == "flash_attention_2":
-            use_flash(monkeypatch, model)
-        else:
-            model.backbone.set_attn_implementation(attention)
+        use_attention(monkeypatch, model, attention)
         assert_same(step(model, batch, "shared_prefix"), expected, 1e-10)
 
 
@@ -99,10 +96,7 @@ def test_sliding_windows(monkeypatch, family, attention):
 def test_checkpointing_changes_nothing(monkeypatch, family, attention):
     model = make_model(family)
     batch = make_batch(model, family, images=(0, 0, 0) if family == "gemma3" else (2, 1, 0))
-    if attention == "flash_attention_2":
-        use_flash(monkeypatch, model)
-    else:
-        model.backbone.set_attn_implementation(attention)
+    use_attention(monkeypatch, model, attention)
     # What is computed again does not know of a mode that was on the first time.
     expected = step(model, batch, "shared_prefix", throughout=False)
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -138,10 +132,7 @@ def test_float32(monkeypatch, family, attention):
     model = make_model(family, torch.float32)
     batch = make_batch(model, family, images=(0, 0, 0) if family == "gemma3" else IMAGES)
     expected = step(model, batch, "three_pass")
-    if attention == "flash_attention_2":
-        use_flash(monkeypatch, model)
-    else:
-        model.backbone.set_attn_implementation(attention)
+    use_attention(monkeypatch, model, attention)
     assert_same(step(model, batch, "shared_prefix"), expected, 1e-5)
 
 
