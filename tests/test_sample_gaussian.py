@@ -130,7 +130,7 @@ X = torch.zeros(2, 3)
     [
         (lambda: amvl_fast.sample_gaussian(X, X, temperature=-0.1), "temperature is -0.1"),
         (lambda: amvl_fast.sample_gaussian(X, X, temperature=float("nan")), "temperature is nan"),
-        (lambda: amvl_fast.sample_gaussian(X, X, temperature="hot"), "temperature is hot"),
+        (lambda: amvl_fast.sample_gaussian(X, X, temperature="hot"), "temperature is 'hot'"),
         (
             lambda: amvl_fast.sample_gaussian(X, torch.zeros(4)),
             r"do not broadcast \(mean \[2, 3\], logvar \[4\]\)",
