@@ -78,8 +78,8 @@ class Prefix:
         Raises:
             AMVLError: the backbone's attention cannot share prompts, or checkpointing would drop their gradients.
         """
-        name = take_prefix(adapter.decoder)
         require_shareable(adapter.decoder)
+        name = take_prefix(adapter.decoder)
         if padding_free and not is_flash(name):
             raise AMVLError(
                 f"padding_free needs a flash attention, and attn_implementation is {name!r}; use one, or leave "
@@ -89,17 +89,19 @@ class Prefix:
         after = positions.masked_fill(~mask, 0).amax((0, 2)) + 1
         self = cls(adapter, prompts, after)
         record = _Record(self)
-        adapter.decode(
-            embeds.flatten(0, 1)[index],
-            None,
-            positions.flatten(1)[:, index],
-            extras={name: value.flatten(0, 1)[index] for name, value in (extras or {}).items()},
-            prefix=record,
-            **prompts.sequences(),
-        )
-        # The graph keeps the record where layers are checkpointed; were it to keep the prefix, which keeps the graph, a
-        # step without a backward pass would never be freed.
-        record.prefix = None
+        try:
+            adapter.decode(
+                embeds.flatten(0, 1)[index],
+                None,
+                positions.flatten(1)[:, index],
+                extras={name: value.flatten(0, 1)[index] for name, value in (extras or {}).items()},
+                prefix=record,
+                **prompts.sequences(),
+            )
+        finally:
+            # The graph keeps the record where layers are checkpointed; were it to keep the prefix, which keeps the
+            # graph, a step without a backward pass would never be freed.
+            record.prefix = None
         missing = adapter.layers - len(self.keys)
         if missing:
             raise AMVLError(

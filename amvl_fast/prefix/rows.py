@@ -70,11 +70,12 @@ class BranchRows:
 
     def __init__(self, masks: list[Tensor], prompts: Prompts) -> None:
         self.prompts = prompts
+        self.branches = len(masks)
         self.valid = torch.cat(masks, dim=1)
         # Of each row the place in its branch; its place in the whole sequence comes after the prompt.
         self.order = torch.cat([mask.cumsum(1) - 1 for mask in masks], dim=1)
         sizes = torch.tensor([mask.shape[1] for mask in masks], device=self.valid.device)
-        self.branch = torch.arange(len(masks), device=self.valid.device).repeat_interleave(
+        self.branch = torch.arange(self.branches, device=self.valid.device).repeat_interleave(
             sizes, output_size=self.valid.shape[1]
         )
 
@@ -117,16 +118,15 @@ class BranchRows:
     def packed(self) -> PackedRows:
         """The rows without padding, for attention over sequences of several lengths."""
         batch, device = len(self.valid), self.valid.device
-        branches = int(self.branch[-1]) + 1
-        counts = torch.zeros(batch, branches, dtype=torch.int64, device=device)
+        counts = torch.zeros(batch, self.branches, dtype=torch.int64, device=device)
         counts.scatter_add_(1, self.branch.expand(batch, -1), self.valid.long())
         queries = counts.flatten()
-        prompt = self.prompts.lengths.repeat_interleave(branches)
+        prompt = self.prompts.lengths.repeat_interleave(self.branches)
         keys = queries + prompt
         ends_q, ends_k = (offsets(lengths) for lengths in (queries, keys))
         sequence = torch.arange(len(keys), device=device).repeat_interleave(keys)
         place = torch.arange(len(sequence), device=device) - ends_k[sequence]
-        starts = self.prompts.starts.repeat_interleave(branches)[sequence]
+        starts = self.prompts.starts.repeat_interleave(self.branches)[sequence]
         all_prompts = self.prompts.rows * (1 if self.prompts.packed else batch)
         own = all_prompts + ends_q[sequence] + place - prompt[sequence]
         longest_q, longest_k = torch.stack([queries.max(), keys.max()]).tolist()

@@ -27,11 +27,7 @@ def refused(message, family, change):
 
 
 def test_decoders_that_are_not_causal():
-    refused(
-        "Gemma3TextModel attends in both directions",
-        "gemma3",
-        {"use_bidirectional_attention": True},
-    )
+    refused("Gemma3TextModel attends in both directions", "gemma3", {"use_bidirectional_attention": True})
     refused("LlamaModel is not causal", "llava", {"is_causal": False})
 
 
