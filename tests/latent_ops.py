@@ -80,9 +80,12 @@ def numpy_normals(rows: np.ndarray, columns: int, seed: int, stream: int = 0) ->
     return normals.reshape(len(rows), 4 * words.shape[1])[:, :columns]
 
 
-def true_noise(shape: Sequence[int], seed: int, stream: int = 0) -> Tensor:
+def true_noise(shape: Sequence[int], seed: int, stream: int = 0, sample_ids: Sequence[int] | None = None) -> Tensor:
     """The noise of a whole tensor, in float64."""
-    normals = numpy_normals(np.arange(math.prod(shape[:-1])), shape[-1], seed, stream)
+    rows, m = np.arange(math.prod(shape[:-1])), math.prod(shape[1:-1])
+    if sample_ids is not None:  # in Python's integers, which know no 64 bits
+        rows = np.array([(sample_id * m + i) % 2**64 for sample_id in sample_ids for i in range(m)], dtype=np.uint64)
+    normals = numpy_normals(rows, shape[-1], seed, stream)
     return torch.from_numpy(np.ascontiguousarray(normals)).reshape(tuple(shape))
 
 
@@ -246,8 +249,11 @@ def closed_form(inputs, noise: Tensor, upstream, stop_gradient: bool) -> dict[st
     return truths
 
 
-def truth(inputs, upstream, *, seed: int, stop_gradient: bool = True) -> dict[str, Truth]:
-    return closed_form(inputs, true_noise(inputs[0].shape, seed), upstream, stop_gradient)
+def truth(
+    inputs, upstream, *, seed: int, stop_gradient: bool = True, sample_ids: Sequence[int] | None = None
+) -> dict[str, Truth]:
+    noise = true_noise(inputs[0].shape, seed, sample_ids=sample_ids)
+    return closed_form(inputs, noise, upstream, stop_gradient)
 
 
 # --- budgets ---

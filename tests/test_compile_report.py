@@ -73,6 +73,8 @@ def test_the_targets_get_what_they_should(rows):
         shapes = {(row["kernel"], row["dtypes"], row["d"]) for row in mine if row["layout"] == "contiguous"}
         assert set(itertools.product(OPS[:2], PURE_DTYPES, (64, 512, 2048))) <= shapes
         assert {row["kernel"] for row in mine} == set(OPS)
+        with_ids = {row["kernel"] for row in mine if row["options"] == "sample ids"}
+        assert with_ids == set(OPS if target == "sm_90" else OPS[:2])
 
 
 def test_nothing_spills_or_touches_local_memory(rows):
@@ -95,7 +97,8 @@ def test_aligned_tensors_move_in_128_bits(rows):
         "expanded"
     }
     none_of(pure, lambda row: row["wide_stores"] != 1 or row["wide_loads"] not in (1, None))
-    none_of(pure, lambda row: row["wide_loads"] is None and row["kernel"] != "gaussian_noise" and not row["options"])
+    plain = [row for row in pure if row["kernel"] != "gaussian_noise" and row["options"] in ("", "sample ids")]
+    none_of(plain, lambda row: row["wide_loads"] is None)
 
 
 def test_mixed_dtypes_move_a_thread_s_share_at_once(rows):
@@ -107,13 +110,20 @@ def test_mixed_dtypes_move_a_thread_s_share_at_once(rows):
 
 def test_fourteen_elements_are_moved_per_latent_element():
     shapes = [("float32", 512, (4, 8)), ("bfloat16", 100, (3, 5)), ("bfloat16", 3000, (1, 3))]
-    cases = [Case(op, dtypes, width, leading=leading) for dtypes, width, leading in shapes for op in OPS[:2]]
+    shapes = [(*shape, sample_ids) for shape in shapes for sample_ids in (False, True)]
+    cases = [
+        Case(op, dtypes, width, leading=leading, sample_ids=sample_ids)
+        for dtypes, width, leading, sample_ids in shapes
+        for op in OPS[:2]
+    ]
     counted = traffic_of(cases)
-    for (dtypes, width, leading), forward, backward in zip(shapes, counted[::2], counted[1::2], strict=True):
+    for (dtypes, width, leading, sample_ids), forward, backward in zip(
+        shapes, counted[::2], counted[1::2], strict=True
+    ):
         rows, latents = leading[0] * leading[1], forward.latents
         assert latents == backward.latents == rows * width
         assert (forward.elements + backward.elements) / latents <= 14
-        assert max(forward.row_elements, backward.row_elements) <= 2 * rows
+        assert max(forward.row_elements, backward.row_elements) <= (2 + sample_ids) * rows
         assert forward.scalars + backward.scalars <= 0.005 * 14 * latents
         assert forward.bytes == forward.elements * (4 if dtypes == "float32" else 2)
 
@@ -239,12 +249,14 @@ def test_occupancy(registers, warps, share):
 def recorded_specialisations():
     """Cases that must and must not share a specialisation; called in a process of its own."""
     same = [Case("gaussian_dual_kl_forward", leading=(4, 8)), Case("gaussian_dual_kl_forward", leading=(2, 16))]
+    with_ids = [Case(op, leading=rows, sample_ids=True) for op in OPS for rows in ((4, 8), (2, 16), (32, 1), (3, 7))]
     others = [
         Case("gaussian_dual_kl_forward", layout=layout)
         for layout in ("expanded", "odd rows", "offset", "strided", "int64")
     ]
     print(json.dumps({
         "same": len(specialisations(same, ["sm_90"])),
+        "with_ids": len(specialisations(with_ids, ["sm_90"])),
         "others": len(specialisations([same[0], *others], ["sm_90"])) - 1,
         "targets": len(specialisations(same, ["sm_90", "sm_80"])),
         "aligned": [found.aligned for found in specialisations([same[0], *others], ["sm_90"])],
@@ -255,6 +267,7 @@ def recorded_specialisations():
 
 def test_specialisations_are_those_of_the_launcher():
     found = json.loads(run_python("import test_compile_report as here; here.recorded_specialisations()"))
+    assert found["with_ids"] == len(OPS)  # the number of rows in a sample is no reason to compile anew
     assert found["same"] == 1 and found["others"] == 4 and found["targets"] == 2
     # "odd rows" and "offset" are the same: rows that begin at multiples of 4 bytes.
     assert found["aligned"] == [True, True, False, False, True]
@@ -267,7 +280,7 @@ def layouts_of_sums(view):
     z = torch.empty(view.shape, dtype=view.dtype, device="meta")
     kls = torch.empty(2, *view.shape[:-1], device="meta")
     seed = torch.empty(1, dtype=torch.int64, device="meta")
-    _, (one,) = record(lambda: kernels.gaussian_dual_kl_forward(*[view] * 4, seed, z, *kls), "sm_90")
+    _, (one,) = record(lambda: kernels.gaussian_dual_kl_forward(*[view] * 4, seed, None, z, *kls), "sm_90")
     if one.key not in compiled:
         kernel, _ = machine_code.compile_for(one)
         # Layouts are named at the top; reductions end with their type, `(tensor<1x128x4xf32, #blocked1>) -> ...`.

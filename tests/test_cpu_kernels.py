@@ -84,16 +84,16 @@ def every_kernel(kernels, inputs, upstream) -> list[torch.Tensor]:
     """What all the kernels write, given views of one shape and upstream gradients of any strides."""
     mean_q, logvar_q, mean_p, logvar_p = inputs
     z, *kls = torch.empty_like(mean_q, memory_format=torch.contiguous_format), *torch.empty(2, *mean_q.shape[:-1])
-    kernels.gaussian_dual_kl_forward(*inputs, SEED, z, *kls)
+    kernels.gaussian_dual_kl_forward(*inputs, SEED, None, z, *kls)
     results = [z, *kls]
     for stop_gradient in (True, False):
         grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
-        kernels.gaussian_dual_kl_backward(*inputs, SEED, *upstream, *grads, stop_gradient=stop_gradient)
+        kernels.gaussian_dual_kl_backward(*inputs, SEED, None, *upstream, *grads, stop_gradient=stop_gradient)
         results += grads
     sample, grad, noise = torch.empty_like(z), torch.empty_like(z), torch.empty(z.shape)
-    kernels.sample_gaussian_forward(mean_q, logvar_q, SEED, 0.7, 1, sample)
-    kernels.sample_gaussian_backward(upstream[0], logvar_q, SEED, 0.7, 1, grad)
-    kernels.gaussian_noise(noise, SEED, 2)
+    kernels.sample_gaussian_forward(mean_q, logvar_q, SEED, None, 0.7, 1, sample)
+    kernels.sample_gaussian_backward(upstream[0], logvar_q, SEED, None, 0.7, 1, grad)
+    kernels.gaussian_noise(noise, SEED, None, 2)
     return [*results, sample, grad, noise]
 
 
@@ -125,7 +125,7 @@ def test_the_best_instruction_set_is_the_default(kernels, request):
 def test_words_are_the_same(kernels, monkeypatch):
     def words():
         out = torch.empty(5, 203, dtype=torch.int32)
-        kernels.philox_words(out, torch.tensor([-5]), 2**32 - 1, 2**32 - 3)
+        kernels.philox_words(out, torch.tensor([-5]), torch.arange(2**32 - 3, 2**32 + 2), 2**32 - 1)
         return out
 
     got = words()
@@ -180,7 +180,7 @@ def test_other_machines_get_no_flags_of_x86(portable):
 def converted(kernels, numbers, dtype):
     """`numbers` as the means of distributions that are sampled at temperature 0, the samples in `dtype`."""
     z = torch.empty(numbers.shape, dtype=dtype)
-    kernels.sample_gaussian_forward(numbers, torch.zeros(()).expand_as(numbers), SEED, 0.0, 0, z)
+    kernels.sample_gaussian_forward(numbers, torch.zeros(()).expand_as(numbers), SEED, None, 0.0, 0, z)
     return z
 
 

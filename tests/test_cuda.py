@@ -80,6 +80,16 @@ def test_a_replayed_graph_follows_its_seed_tensor(device, case):
     assert equal(snapshot(results), run("triton", inputs, upstream, seed=5))
 
 
+def test_a_replayed_graph_follows_its_sample_ids(device, case):
+    inputs, upstream = case
+    ids = torch.arange(SHAPE[0], device=device)
+    graph, results = capture(lambda: run("triton", inputs, upstream, seed=5, sample_ids=ids))
+    for value in (ids.flip(0), ids + 2**40, ids.clone()):
+        ids.copy_(value)
+        graph.replay()
+        assert equal(snapshot(results), run("triton", inputs, upstream, seed=5, sample_ids=value))
+
+
 def test_a_replayed_graph_draws_new_seeds(case):
     """The seed is drawn from the generator of the device, whose state moves with each replay."""
     inputs, upstream = case
@@ -111,13 +121,15 @@ def sample_and_slope(mean, logvar):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("seed", [None, 3, -(2**63)])
-def test_the_host_never_waits(case, backend, seed):
+@pytest.mark.parametrize("numbered", [False, True])
+def test_the_host_never_waits(device, case, backend, seed, numbered):
     inputs, upstream = case
+    ids = torch.arange(SHAPE[0], device=device).flip(0) if numbered else None
 
     def everything():
-        run(backend, inputs, upstream, seed=seed, stop_gradient=False)
-        amvl_fast.gaussian_noise((5, 8), seed, device="cuda", backend=backend)
-        z = amvl_fast.sample_gaussian(*inputs[:2], temperature=0.7, seed=seed, backend=backend)
+        run(backend, inputs, upstream, seed=seed, stop_gradient=False, sample_ids=ids)
+        amvl_fast.gaussian_noise(SHAPE, seed, device="cuda", backend=backend, sample_ids=ids)
+        z = amvl_fast.sample_gaussian(*inputs[:2], temperature=0.7, seed=seed, backend=backend, sample_ids=ids)
         torch.autograd.grad(z, inputs[:2], upstream[0])
 
     everything()  # compiles

@@ -40,8 +40,8 @@ def test_known_answers(counter, key, words):
 
 
 def torch_words(rows, groups, seed, stream, first_row):
-    words = philox_words(rows, 4 * groups, seed, stream=stream, first_row=first_row)
-    return torch.stack(words, dim=-1)
+    row = torch.arange(first_row, first_row + rows, device=seed.device)
+    return torch.stack(philox_words(row, 4 * groups, seed, stream=stream), dim=-1)
 
 
 def triton_words(rows, groups, seed, stream, first_row):
@@ -57,7 +57,7 @@ def cpu_words(rows, groups, seed, stream, first_row):
     from amvl_fast.kernels.cpu import philox_words
 
     words = torch.empty(rows, 4 * groups, dtype=torch.int32)
-    philox_words(words, seed, stream, first_row)
+    philox_words(words, seed, torch.arange(first_row, first_row + rows), stream)
     return words.reshape(rows, groups, 4)
 
 

@@ -104,19 +104,27 @@ def test_eager_calls_pass_no_dispatcher(backend, device):
     assert not operators(lambda: latents(*inputs, torch.tensor([0], device=device), backend).backward())
 
 
+@pytest.mark.parametrize("ids", [None, [7, 2**40, 0]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(backend, device, dtype):
+def test_opcheck(backend, device, dtype, ids):
     inputs = [t.detach() for t in leaves((3, 2, 8), device, dtype)]
     seed = torch.tensor([5], device=device)
+    sample_ids = None if ids is None else torch.tensor(ids, device=device)
     ops = torch.ops.amvl_fast
     upstream = [torch.randn_like(inputs[0]), torch.randn(3, 2, device=device), None]
     for arguments in [
-        (ops.gaussian_dual_kl_forward.default, (*inputs, seed, backend)),
-        (ops.gaussian_dual_kl_backward.default, (*inputs, seed, *upstream, [True, False, True, True], True, backend)),
-        (ops.gaussian_dual_kl_backward.default, (*inputs, seed, None, None, upstream[1], [True] * 4, False, backend)),
-        (ops.sample_gaussian_forward.default, (*inputs[:2], seed, 0.5, 2, backend)),
-        (ops.sample_gaussian_backward.default, (*inputs[:2], seed, 0.5, 2, backend)),
-        (ops.gaussian_noise.default, ([3, 2, 8], seed, 1, backend)),
+        (ops.gaussian_dual_kl_forward.default, (*inputs, seed, sample_ids, backend)),
+        (
+            ops.gaussian_dual_kl_backward.default,
+            (*inputs, seed, sample_ids, *upstream, [True, False, True, True], True, backend),
+        ),
+        (
+            ops.gaussian_dual_kl_backward.default,
+            (*inputs, seed, sample_ids, None, None, upstream[1], [True] * 4, False, backend),
+        ),
+        (ops.sample_gaussian_forward.default, (*inputs[:2], seed, sample_ids, 0.5, 2, backend)),
+        (ops.sample_gaussian_backward.default, (*inputs[:2], seed, sample_ids, 0.5, 2, backend)),
+        (ops.gaussian_noise.default, ([3, 2, 8], seed, sample_ids, 1, backend)),
     ]:
         torch.library.opcheck(*arguments)
 

@@ -131,8 +131,8 @@ def test_no_view_is_copied(device, kind):
     weights = [torch.randn(shape[:-1][::-1], device=device).permute(*range(len(shape) - 2, -1, -1)) for _ in kls]
     seed = torch.zeros(1, dtype=torch.int64, device=device)
     with Operators() as operators:
-        kernels.gaussian_dual_kl_forward(*inputs, seed, z, *kls)
-        kernels.gaussian_dual_kl_backward(*inputs, seed, inputs[1], *weights, *grads, stop_gradient=True)
+        kernels.gaussian_dual_kl_forward(*inputs, seed, None, z, *kls)
+        kernels.gaussian_dual_kl_backward(*inputs, seed, None, inputs[1], *weights, *grads, stop_gradient=True)
     # What contiguous(), reshape() and to() make; the interpreter itself copies into tensors, and that only.
     assert not {"aten::clone", "aten::_to_copy"} & set(operators.names)
 

@@ -69,6 +69,7 @@ class Case:
         upstream: the gradients that arrive, of `ALL_UPSTREAM`; like the next two for gaussian_dual_kl_backward only.
         needed: the inputs whose gradient is asked for, of `ALL_NEEDED`.
         stop_gradient: the op's option.
+        sample_ids: whether the noise follows numbers of samples.
     """
 
     op: str
@@ -79,6 +80,7 @@ class Case:
     upstream: tuple[str, ...] = ALL_UPSTREAM
     needed: tuple[str, ...] = ALL_NEEDED
     stop_gradient: bool = True
+    sample_ids: bool = False
 
     @property
     def options(self) -> str:
@@ -90,6 +92,8 @@ class Case:
             words.append("to " + "+".join(self.needed))
         if not self.stop_gradient:
             words.append("no stop")
+        if self.sample_ids:
+            words.append("sample ids")
         return ", ".join(words)
 
     def input(self, dtype: torch.dtype, device: str, expandable: bool = False, half: int = 0) -> Tensor:
@@ -132,29 +136,30 @@ class Case:
         shape = read[0].shape
         like = [torch.zeros(shape, dtype=dtype, device=device) for dtype in dtypes]  # outputs are contiguous
         z, written = like[0], [like[0]]
+        ids = torch.zeros(shape[0], dtype=torch.int64, device=device) if self.sample_ids else None
         kl = [torch.zeros(shape[:-1], device=device) for _ in range(2)]
         grad_z, weights = self.input(z.dtype, device), kl
         if self.layout == "constant":  # what z.sum() and kl.mean() send back
             grad_z = torch.zeros((), dtype=z.dtype, device=device).expand(shape)
             weights = [torch.zeros((), device=device).expand(shape[:-1]) for _ in kl]
         if self.op == "gaussian_dual_kl_forward":
-            kernels.gaussian_dual_kl_forward(*read, seed, z, *kl)
+            kernels.gaussian_dual_kl_forward(*read, seed, ids, z, *kl)
         elif self.op == "gaussian_dual_kl_backward":
             grads = [tensor if name in self.needed else None for name, tensor in zip(ALL_NEEDED, like, strict=True)]
             upstream = zip(ALL_UPSTREAM, [grad_z, *weights], strict=True)
             arrived = [tensor if name in self.upstream else None for name, tensor in upstream]
-            kernels.gaussian_dual_kl_backward(*read, seed, *arrived, *grads, stop_gradient=self.stop_gradient)
+            kernels.gaussian_dual_kl_backward(*read, seed, ids, *arrived, *grads, stop_gradient=self.stop_gradient)
             read = [*read, grad_z] if "z" in self.upstream else read
             written = [tensor for tensor in grads if tensor is not None]
         elif self.op == "sample_gaussian_forward":
             read = read[:2]
-            kernels.sample_gaussian_forward(*read, seed, 0.7, 0, z)
+            kernels.sample_gaussian_forward(*read, seed, ids, 0.7, 0, z)
         elif self.op == "sample_gaussian_backward":
             read, written = [grad_z, read[1]], [like[1]]
-            kernels.sample_gaussian_backward(grad_z, read[1], seed, 0.7, 0, like[1])
+            kernels.sample_gaussian_backward(grad_z, read[1], seed, ids, 0.7, 0, like[1])
         else:
             read, written = [], [torch.zeros(shape, device=device)]
-            kernels.gaussian_noise(written[0], seed, 0)
+            kernels.gaussian_noise(written[0], seed, ids, 0)
         return all(rows_at_16_bytes(tensor) for tensor in [*read, *written]), math.prod(shape)
 
 
@@ -171,6 +176,7 @@ def common_cases(wide: bool = True) -> Iterator[Case]:
     for op, dtypes, width in itertools.product(OPS, PURE_DTYPES, COMMON_WIDTHS):
         if wide or op.startswith("gaussian_dual_kl") or width == 512:
             yield Case(op, dtypes, width)
+    yield from (Case(op, "bfloat16", 512, sample_ids=True) for op in OPS[:2])  # as in training
 
 
 def broad_cases() -> Iterator[Case]:
@@ -183,6 +189,7 @@ def broad_cases() -> Iterator[Case]:
         if op.startswith("gaussian_dual_kl") or layout in ("chunked", "odd rows", "int64"):
             yield Case(op, "bfloat16", 512, layout)
     yield from option_cases("bfloat16", 512, few=True)
+    yield from sample_id_cases(few=True)
     yield from (Case(op, "bfloat16", width) for op in OPS[2:] for width in (7, 100, 2048, 3000))
 
 
@@ -195,8 +202,18 @@ def all_cases() -> Iterator[Case]:
     yield from option_cases("bfloat16", 512)
     yield from option_cases("float32", 512, few=True)
     yield from option_cases("bfloat16", 7, few=True)
+    yield from sample_id_cases()
     for op in OPS:
         yield Case(op, "bfloat16", 512, leading=(4096, 8))
+
+
+def sample_id_cases(few: bool = False) -> Iterator[Case]:
+    """With sample ids, which concern rows alone, all kernels, but few of the combinations above."""
+    for op, dtypes, width in itertools.product(OPS, PURE_DTYPES[:2], COMMON_WIDTHS if few else WIDTHS):
+        if not few or op.startswith("gaussian_dual_kl") or width == 512:
+            yield Case(op, dtypes, width, sample_ids=True)
+    for op, layout in itertools.product(OPS[:2], ("expanded", "int64 rows") if few else LAYOUTS):
+        yield Case(op, "bfloat16", 512, layout, sample_ids=True)
 
 
 def option_cases(dtypes: str, width: int, few: bool = False) -> Iterator[Case]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -60,6 +62,32 @@ def seed_tensor(op: str, seed: int | Tensor | None, device: torch.device) -> Ten
         raise AMVLError(f"{op}: seed {seed} does not fit 64 bits; pass one from -2**63 to 2**63 - 1.")
     # torch.tensor(seed, device=...) would copy from the host and wait; a fill does not.
     return torch.full((1,), seed, dtype=torch.int64, device=device)
+
+
+def check_sample_ids(op: str, sample_ids: Tensor | None, shape: Sequence[int], device: torch.device) -> Tensor | None:
+    """The samples' numbers, contiguous, for an op over tensors of this shape; their values are not looked at.
+
+    Raises:
+        AMVLError: if they are neither None nor an int64 tensor `[shape[0]]` on `device`.
+    """
+    if sample_ids is None:
+        return None
+    if not isinstance(sample_ids, Tensor):
+        raise AMVLError(f"{op}: sample_ids is a {type(sample_ids).__name__}; pass an int64 torch.Tensor or None.")
+    if sample_ids.dtype != torch.int64:
+        raise AMVLError(f"{op}: sample_ids is {sample_ids.dtype}; pass an int64 tensor.")
+    if len(shape) < 2:
+        raise AMVLError(f"{op}: sample_ids number a leading dimension, and shape {list(shape)} has none; pass [n, d].")
+    if sample_ids.shape != tuple(shape[:1]):
+        raise AMVLError(
+            f"{op}: sample_ids has shape {list(sample_ids.shape)} and the op runs on {list(shape)}; pass one number "
+            "for each index of the leading dimension."
+        )
+    if sample_ids.device != device:
+        raise AMVLError(
+            f"{op}: sample_ids is on {sample_ids.device} and the op runs on {device}; move the numbers there."
+        )
+    return sample_ids.contiguous()
 
 
 def check_stream(op: str, stream: int) -> int:

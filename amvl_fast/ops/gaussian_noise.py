@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from amvl_fast.errors import AMVLError
-from amvl_fast.ops.arguments import check_stream, seed_tensor
+from amvl_fast.ops.arguments import check_sample_ids, check_stream, seed_tensor
 from amvl_fast.ops.backends import choose_backend, kernels_of
 from amvl_fast.ops.boundary import boundary, no_transforms
 from amvl_fast.ops.philox import philox_normal
@@ -20,10 +20,12 @@ def _empty(shape: Sequence[int], seed: Tensor, *_: Any) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=seed.device)
 
 
-@boundary("gaussian_noise(SymInt[] shape, Tensor seed, int stream, str backend) -> Tensor", fake=_empty)
-def _noise(shape: Sequence[int], seed: Tensor, stream: int, backend: str) -> Tensor:
+@boundary(
+    "gaussian_noise(SymInt[] shape, Tensor seed, Tensor? sample_ids, int stream, str backend) -> Tensor", fake=_empty
+)
+def _noise(shape: Sequence[int], seed: Tensor, sample_ids: Tensor | None, stream: int, backend: str) -> Tensor:
     out = _empty(shape, seed)
-    kernels_of(backend).gaussian_noise(out, seed, stream)
+    kernels_of(backend).gaussian_noise(out, seed, sample_ids, stream)
     return out
 
 
@@ -34,12 +36,13 @@ def gaussian_noise(
     device: torch.device | str = "cpu",
     backend: str | None = None,
     stream: int = 0,
+    sample_ids: Tensor | None = None,
 ) -> Tensor:
     """Standard normals that depend on (seed, stream, row, column) alone.
 
-    The row is the flattened leading index and the column the index in the last dimension, so a normal stays
-    the same whatever else is in the tensor, on every device and backend (to float32 rounding). Defined in
-    `amvl_fast.ops.philox`: Philox 4x32-10 and Box-Muller.
+    The row is the flattened leading index, unless `sample_ids` say otherwise, and the column the index in the
+    last dimension, so a normal stays the same whatever else is in the tensor, on every device and backend (to
+    float32 rounding). Defined in `amvl_fast.ops.philox`: Philox 4x32-10 and Box-Muller.
 
     Args:
         shape: `[..., d]`, at least one dimension.
@@ -48,13 +51,18 @@ def gaussian_noise(
         backend: `"triton"`, `"cpu"`, `"torch"`, or None to choose by device.
         stream: number of an independent sequence for the same seed, 0 to 2**32 - 1. `gaussian_dual_kl`
             uses 0.
+        sample_ids: int64 `[n]` on `device`, a number for each index of the leading dimension, of a shape
+            `[n, ..., d]`; or None for 0 to n - 1. A sample's noise follows its number instead of its place, so
+            that in training it stays the same however a batch is sorted or split over micro-batches and
+            processes. With m rows in a sample, row r is row `sample_ids[r // m] * m + r % m` of the noise,
+            modulo 2**64.
 
     Returns:
         A float32 tensor of the given shape.
 
     Raises:
         AMVLError: (a ValueError) for a shape that is no sequence of ints, without dimensions or with a negative one,
-            a bad seed or stream, or a device or backend that cannot run here.
+            bad sample ids, a bad seed or stream, or a device or backend that cannot run here.
 
     Example:
         >>> noise = gaussian_noise((2, 3, 8), seed=0)
@@ -79,7 +87,8 @@ def gaussian_noise(
     name = choose_backend(backend, [], device)
     if name != "torch":
         no_transforms(op)
+    sample_ids = check_sample_ids(op, sample_ids, shape, device)
     seed = seed_tensor(op, seed, device)
     if name == "torch":
-        return philox_normal(shape, seed, stream=stream)
-    return _noise(shape, seed, stream, name)
+        return philox_normal(shape, seed, stream=stream, sample_ids=sample_ids)
+    return _noise(shape, seed, sample_ids, stream, name)

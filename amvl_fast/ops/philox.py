@@ -2,9 +2,9 @@
 
 Philox 4x32 with 10 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). The key is
 the 64-bit seed; the counter is (column // 4, row's low half, row's high half, stream), where the row is the
-flattened leading index. Each counter yields four 32-bit words and, by Box-Muller, the normals of four
-neighbouring columns. So a normal depends on (seed, stream, row, column) and on nothing else: not on the
-shape around it, the device, the block size or the number of threads.
+flattened leading index, or what `row_numbers` makes of the numbers of samples. Each counter yields four 32-bit
+words and, by Box-Muller, the normals of four neighbouring columns. So a normal depends on (seed, stream, row,
+column) and on nothing else: not on the shape around it, the device, the block size or the number of threads.
 """
 
 from __future__ import annotations
@@ -59,24 +59,35 @@ def box_muller(words: Sequence[Tensor]) -> Tensor:
     return torch.stack(normals, dim=-1).float()
 
 
-def philox_words(rows: int, columns: int, seed: Tensor, *, stream: int = 0, first_row: int = 0) -> list[Tensor]:
-    """The words behind a `[rows, columns]` block of noise: four `[rows, ceil(columns / 4)]` int64 tensors.
+def row_numbers(shape: Sequence[int], sample_ids: Tensor | None, device: torch.device) -> Tensor:
+    """What the rows of a `[..., d]` tensor enter the counter as: an int64 tensor of as many.
+
+    Row r as r, or, with `sample_ids` `[shape[0]]` and m rows in each sample, as `sample_ids[r // m] * m + r % m`
+    modulo 2**64: what a tensor of all samples, in the order of their numbers, has for that row.
+    """
+    if sample_ids is None:
+        return torch.arange(math.prod(shape[:-1]), device=device)
+    rows = math.prod(shape[1:-1])
+    return (sample_ids[:, None] * rows + torch.arange(rows, device=device)).flatten()
+
+
+def philox_words(row: Tensor, columns: int, seed: Tensor, *, stream: int = 0) -> list[Tensor]:
+    """The words behind a block of noise: four `[rows, ceil(columns / 4)]` int64 tensors.
 
     Args:
-        rows, columns: the block's shape.
+        row: the numbers of the block's rows, `[rows]` int64, all 64 bits of them used.
+        columns: the width of the block.
         seed: one-element int64 tensor; the block is made on its device, and the host never reads its value.
         stream: number of an independent sequence for the same seed, in [0, 2**32).
-        first_row: index of the block's first row, to make a part of a larger tensor's noise.
     """
-    seed = seed.reshape(1, 1)
-    row = torch.arange(first_row, first_row + rows, device=seed.device)[:, None]
+    seed, row = seed.reshape(1, 1), row[:, None]
     group = torch.arange((columns + 3) // 4, device=seed.device)[None, :]
-    counter = [group, row & _MASK, row >> 32, torch.full_like(seed, stream)]
-    return [w.expand(rows, -1) for w in philox4x32(counter, [seed & _MASK, seed >> 32 & _MASK])]
+    counter = [group, row & _MASK, row >> 32 & _MASK, torch.full_like(seed, stream)]
+    return [w.expand(row.shape[0], -1) for w in philox4x32(counter, [seed & _MASK, seed >> 32 & _MASK])]
 
 
-def philox_normal(shape: Sequence[int], seed: Tensor, *, stream: int = 0) -> Tensor:
+def philox_normal(shape: Sequence[int], seed: Tensor, *, stream: int = 0, sample_ids: Tensor | None = None) -> Tensor:
     """Standard normals of the given shape (at least one dimension), float32, on the seed's device."""
-    rows, columns = math.prod(shape[:-1]), shape[-1]
-    normals = box_muller(philox_words(rows, columns, seed, stream=stream))
+    columns = shape[-1]
+    normals = box_muller(philox_words(row_numbers(shape, sample_ids, seed.device), columns, seed, stream=stream))
     return normals.flatten(-2)[:, :columns].reshape(tuple(shape))

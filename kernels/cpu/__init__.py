@@ -1,8 +1,8 @@
 """The C++ kernels of amvl_fast for CPU tensors: launchers over plain tensors that know nothing of models or autograd.
 
 The same functions as in `amvl_fast.kernels.triton`. They trust their caller for everything that `amvl_fast.ops`
-checks: one shape, CPU tensors, float32, bfloat16 or float16. The library beside this file is built by setup.py and
-called through ctypes; interface.cpp describes the array of integers that a call is.
+checks: one shape, CPU tensors, float32, bfloat16 or float16, contiguous sample ids. The library beside this file is
+built by setup.py and called through ctypes; interface.cpp describes the array of integers that a call is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 LIBRARY = Path(__file__).with_name("libamvl_fast.so")
 
 # What interface.cpp calls itself: raised, there and here, whenever the two sides of a call change.
-_INTERFACE = 2
+_INTERFACE = 3
 
 _library = ctypes.CDLL(str(LIBRARY))
 if not hasattr(_library, "amvl_interface") or _library.amvl_interface() != _INTERFACE:
@@ -60,12 +60,12 @@ def _call(
     inputs: Sequence[Tensor | None],
     outputs: Sequence[Tensor | None],
     seed: Tensor,
+    sample_ids: Tensor | None,
     *,
     row_inputs: Sequence[Tensor | None] = (),
     stream: int = 0,
     temperature: float = 1.0,
     stop_gradient: bool = True,
-    first_row: int = 0,
 ) -> None:
     """Run one kernel over tensors of the shape; `row_inputs` have one element per row and count as inputs too."""
     elements = math.prod(shape)
@@ -79,10 +79,10 @@ def _call(
         min(torch.get_num_threads(), 1 + elements // _ELEMENTS_PER_THREAD),
         False,
         seed.data_ptr(),
+        0 if sample_ids is None else sample_ids.data_ptr(),
         stream,
         _BITS_OF_ONE if temperature == 1.0 else struct.unpack("q", struct.pack("d", temperature))[0],
         stop_gradient,
-        first_row,
         len(inputs) + len(row_inputs),
         len(outputs),
         dims - 1,
@@ -110,6 +110,7 @@ def gaussian_dual_kl_forward(
     mean_p: Tensor,
     logvar_p: Tensor,
     seed: Tensor,
+    sample_ids: Tensor | None,
     z: Tensor,
     forward_kl: Tensor,
     reverse_kl: Tensor,
@@ -120,7 +121,7 @@ def gaussian_dual_kl_forward(
         reverse_kl.zero_()
         return
     inputs, outputs = (mean_q, logvar_q, mean_p, logvar_p), (z, forward_kl, reverse_kl)
-    _call(_library.amvl_dual_kl_forward, z.shape, inputs, outputs, seed)
+    _call(_library.amvl_dual_kl_forward, z.shape, inputs, outputs, seed, sample_ids)
 
 
 def gaussian_dual_kl_backward(
@@ -129,6 +130,7 @@ def gaussian_dual_kl_backward(
     mean_p: Tensor,
     logvar_p: Tensor,
     seed: Tensor,
+    sample_ids: Tensor | None,
     grad_z: Tensor | None,
     grad_forward_kl: Tensor | None,
     grad_reverse_kl: Tensor | None,
@@ -146,20 +148,43 @@ def gaussian_dual_kl_backward(
         (mean_q, logvar_q, mean_p, logvar_p, grad_z),
         (grad_mean_q, grad_logvar_q, grad_mean_p, grad_logvar_p),
         seed,
+        sample_ids,
         row_inputs=(grad_forward_kl, grad_reverse_kl),
         stop_gradient=stop_gradient,
     )
 
 
 def sample_gaussian_forward(
-    mean: Tensor, logvar: Tensor, seed: Tensor, temperature: float, stream: int, z: Tensor
+    mean: Tensor,
+    logvar: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor | None,
+    temperature: float,
+    stream: int,
+    z: Tensor,
 ) -> None:
     """Write `mean + temperature * exp(logvar / 2) * eps` into `z`, contiguous; the inputs of any strides."""
-    _call(_library.amvl_sample_forward, z.shape, (mean, logvar), (z,), seed, stream=stream, temperature=temperature)
+    inputs, outputs = (mean, logvar), (z,)
+    _call(
+        _library.amvl_sample_forward,
+        z.shape,
+        inputs,
+        outputs,
+        seed,
+        sample_ids,
+        stream=stream,
+        temperature=temperature,
+    )
 
 
 def sample_gaussian_backward(
-    grad_z: Tensor, logvar: Tensor, seed: Tensor, temperature: float, stream: int, grad_logvar: Tensor
+    grad_z: Tensor,
+    logvar: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor | None,
+    temperature: float,
+    stream: int,
+    grad_logvar: Tensor,
 ) -> None:
     """Write `grad_z * temperature * exp(logvar / 2) * eps / 2` into `grad_logvar`, contiguous."""
     inputs, outputs = (grad_z, logvar), (grad_logvar,)
@@ -169,19 +194,20 @@ def sample_gaussian_backward(
         inputs,
         outputs,
         seed,
+        sample_ids,
         stream=stream,
         temperature=temperature,
     )
 
 
-def gaussian_noise(out: Tensor, seed: Tensor, stream: int) -> None:
+def gaussian_noise(out: Tensor, seed: Tensor, sample_ids: Tensor | None, stream: int) -> None:
     """Fill `out`, `[..., d]` float32 and contiguous, with the noise of one seed and stream."""
-    _call(_library.amvl_noise, out.shape, (), (out,), seed, stream=stream)
+    _call(_library.amvl_noise, out.shape, (), (out,), seed, sample_ids, stream=stream)
 
 
-def philox_words(out: Tensor, seed: Tensor, stream: int, first_row: int = 0) -> None:
+def philox_words(out: Tensor, seed: Tensor, sample_ids: Tensor | None, stream: int) -> None:
     """Fill `out`, `[rows, columns]` int32 and contiguous, with the bits of the 32-bit words behind the noise.
 
-    Columns 4 g to 4 g + 3 are the words of column group g; the rows count from `first_row`.
+    Columns 4 g to 4 g + 3 are the words of column group g.
     """
-    _call(_library.amvl_words, out.shape, (), (out,), seed, stream=stream, first_row=first_row)
+    _call(_library.amvl_words, out.shape, (), (out,), seed, sample_ids, stream=stream)

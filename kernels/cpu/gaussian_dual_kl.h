@@ -48,6 +48,7 @@ void dual_kl_forward(const Job& job, int64_t first, int64_t last) {
   alignas(64) float buffers[4][BLOCK];
   for (int64_t row = first; row < last; row++) {
     row_offsets(job, row, offset);
+    const uint64_t number = row_number(job, row);
     const Source mean_q(views[0], offset[0]), logvar_q(views[1], offset[1]);
     const Source mean_p(views[2], offset[2]), logvar_p(views[3], offset[3]);
     const Sink z(views[4], row, job);
@@ -59,7 +60,7 @@ void dual_kl_forward(const Job& job, int64_t first, int64_t last) {
       const float* mp = mean_p.block(start, count, buffers[2]);
       const float* lp = logvar_p.block(start, count, buffers[3]);
       Float noise[4], sample[4], forward[4], reverse[4];
-      philox_normal(job.seed, 0, row, start / 4, noise);
+      philox_normal(job.seed, 0, number, start / 4, noise);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) {
         const int at = i * LANES;
@@ -98,6 +99,7 @@ void dual_kl_backward_rows(const Job& job, int64_t first, int64_t last) {
   alignas(64) float buffers[5][BLOCK];
   for (int64_t row = first; row < last; row++) {
     row_offsets(job, row, offset);
+    const uint64_t number = row_number(job, row);
     const Source mean_q(views[0], offset[0]), logvar_q(views[1], offset[1]);
     const Source mean_p(views[2], offset[2]), logvar_p(views[3], offset[3]);
     const Source grad_z(views[4], offset[4]);
@@ -116,7 +118,7 @@ void dual_kl_backward_rows(const Job& job, int64_t first, int64_t last) {
       const float* lp = logvar_p.block(start, count, buffers[3]);
       const float* gz = has_z ? grad_z.block(start, count, buffers[4]) : nullptr;
       Float noise[4], mean_q_grad[4], logvar_q_grad[4], mean_p_grad[4], logvar_p_grad[4];
-      if (needs_noise) philox_normal(job.seed, 0, row, start / 4, noise);
+      if (needs_noise) philox_normal(job.seed, 0, number, start / 4, noise);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) {
         const int at = i * LANES;

@@ -2,8 +2,8 @@
 //
 // A call is an array of int64, made by __init__.py of this folder:
 //
-//     threads, past_caches, seed's address, stream, bits of temperature as a double, stop_gradient, first_row,
-//     number of inputs, number of outputs, number of leading dimensions n, n sizes, columns,
+//     threads, past_caches, seed's address, address of the sample ids (0: none), stream, bits of temperature as a
+//     double, stop_gradient, number of inputs, number of outputs, number of leading dimensions n, n sizes, columns,
 //     and for each tensor: its address (0: none), dtype (0 float32, 1 bfloat16, 2 float16),
 //     and an input's n + 1 strides or an output's size in bytes.
 #include <algorithm>
@@ -59,13 +59,13 @@ struct Call {
     threads = (int)read();
     job.past_caches = read();
     job.seed = *(const uint64_t*)read();
+    job.sample_ids = (const uint64_t*)read();
     job.stream = (uint32_t)read();
     const int64_t bits = read();
     double temperature;
     memcpy(&temperature, &bits, sizeof bits);
     job.temperature = (float)temperature;
     job.stop_gradient = read();
-    job.first_row = read();
     job.inputs = (int)read();
     const int outputs = (int)read(), dims = (int)read();
     int64_t sizes[MAX_DIMS], strides[MAX_DIMS][MAX_TENSORS];
@@ -85,6 +85,7 @@ struct Call {
       view.column_stride = read();
     }
     fold(dims, sizes, strides);
+    job.rows_per_sample = dims > 0 ? job.rows / sizes[0] : 1;
   }
 
   // Two leading dimensions become one where every input steps through them evenly.
@@ -119,7 +120,7 @@ struct Call {
 
 // Raised, here and in __init__.py, whenever the two sides of a call change: a library left over from older sources
 // is then refused instead of called with what it takes for something else.
-EXPORT int amvl_interface() { return 2; }
+EXPORT int amvl_interface() { return 3; }
 
 // Use the named instructions (avx512, avx2, baseline), or the best that this processor has for a null name.
 // Returns 0 if it does not have them.

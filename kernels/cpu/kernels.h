@@ -31,7 +31,8 @@ struct Job {
   int64_t rows, columns;
   uint64_t seed;
   uint32_t stream;
-  int64_t first_row;  // of the noise: `words` alone can begin elsewhere than at 0
+  const uint64_t* sample_ids;  // one for each index of the outermost dimension; null: 0, 1, 2, ...
+  int64_t rows_per_sample;
   float temperature;
   bool stop_gradient;
   bool past_caches;  // the outputs are larger than the caches

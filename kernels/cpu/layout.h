@@ -31,6 +31,12 @@ INLINE T element(const T* data, int64_t index) {
   return x;
 }
 
+// The number by which a row enters the noise, as amvl_fast/ops/philox.py defines it: unsigned, it may wrap around.
+INLINE uint64_t row_number(const Job& job, int64_t row) {
+  if (!job.sample_ids) return row;
+  return element(job.sample_ids, row / job.rows_per_sample) * job.rows_per_sample + row % job.rows_per_sample;
+}
+
 INLINE Word load_shorts(const uint16_t* from) {
   Short x;
   memcpy(&x, from, sizeof x);

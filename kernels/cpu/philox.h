@@ -31,13 +31,13 @@ INLINE Counters philox_rounds(Counters c, uint64_t seed) {
 INLINE Word interleave(Pair even, Pair odd) { return (Word)((even & 0xFFFFFFFF) | (odd << 32)); }
 
 // The four words of LANES counters: those of a row's column groups first_group + group_of(lane).
-INLINE void philox_words(uint64_t seed, uint32_t stream, int64_t row, int64_t first_group, Word words[4]) {
+INLINE void philox_words(uint64_t seed, uint32_t stream, uint64_t row, int64_t first_group, Word words[4]) {
   Pair even, odd;
   for (int i = 0; i < LANES / 2; i++) {
     even[i] = group_of(2 * i);
     odd[i] = group_of(2 * i + 1);
   }
-  const Pair row_low = (uint64_t)row - Pair{}, row_high = ((uint64_t)row >> 32) - Pair{}, last = stream - Pair{};
+  const Pair row_low = row - Pair{}, row_high = (row >> 32) - Pair{}, last = stream - Pair{};
   Counters a = philox_rounds({even + (uint64_t)first_group, row_low, row_high, last}, seed);
   Counters b = philox_rounds({odd + (uint64_t)first_group, row_low, row_high, last}, seed);
   words[0] = interleave(a.c0, b.c0), words[1] = interleave(a.c1, b.c1);
@@ -88,7 +88,7 @@ INLINE void polar(Float radius, Word word, Float& x, Float& y) {
 }
 
 // The BLOCK normals of a row from column 4 * first_group on, in four vectors.
-INLINE void philox_normal(uint64_t seed, uint32_t stream, int64_t row, int64_t first_group, Float normal[4]) {
+INLINE void philox_normal(uint64_t seed, uint32_t stream, uint64_t row, int64_t first_group, Float normal[4]) {
   Word words[4];
   philox_words(seed, stream, row, first_group, words);
   polar(square_root(2.0f * minus_log(words[0])), words[1], normal[0], normal[1]);

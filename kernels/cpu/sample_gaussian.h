@@ -14,6 +14,7 @@ void sample(const Job& job, int64_t first, int64_t last) {
   alignas(64) float buffers[2][BLOCK];
   for (int64_t row = first; row < last; row++) {
     row_offsets(job, row, offset);
+    const uint64_t number = row_number(job, row);
     const Source addend(job.tensors[0], offset[0]), logvar(job.tensors[1], offset[1]);
     const Sink out(job.tensors[2], row, job);
     for (int64_t start = 0; start < job.columns; start += BLOCK) {
@@ -21,7 +22,7 @@ void sample(const Job& job, int64_t first, int64_t last) {
       const float* a = addend.block(start, count, buffers[0]);
       const float* lv = logvar.block(start, count, buffers[1]);
       Float noise[4], value[4];
-      philox_normal(job.seed, job.stream, row, start / 4, noise);
+      philox_normal(job.seed, job.stream, number, start / 4, noise);
       for (int i = 0; i < 4; i++) {
         const Float x = load(a + i * LANES), deviation = job.temperature * exp(0.5f * load(lv + i * LANES));
         value[i] = BACKWARD ? 0.5f * x * (deviation * noise[i]) : x + deviation * noise[i];

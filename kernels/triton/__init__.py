@@ -1,7 +1,8 @@
 """The Triton kernels of amvl_fast: launchers over plain tensors that know nothing of models or autograd.
 
 They trust their caller for everything that `amvl_fast.ops` checks: one shape, one device, float32, bfloat16
-or float16. Under `TRITON_INTERPRET=1`, set before Triton is first imported, they run on CPU tensors.
+or float16, contiguous sample ids. Under `TRITON_INTERPRET=1`, set before Triton is first imported, they run on CPU
+tensors.
 """
 
 import triton

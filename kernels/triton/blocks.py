@@ -49,14 +49,20 @@ def from_odd(number):
 
 
 @triton.jit
+def quotient(row, size, WIDTH: tl.constexpr):
+    """The number of a row divided by a size, rounded down."""
+    # Rows are never negative, and an unsigned division is shorter.
+    return (row.to(tl.uint32) // size.to(tl.uint32)).to(tl.int32) if WIDTH < 2 else row // size
+
+
+@triton.jit
 def row_offset(row, inner, strides, WIDTH: tl.constexpr):
     """Where rows begin in a tensor of the given strides; both tuples as `layout.Launch.geometry` has them."""
     DIMENSIONS: tl.constexpr = len(inner)
     offset = 0
     for i in tl.static_range(DIMENSIONS):
         size = from_odd(inner[DIMENSIONS - 1 - i])
-        # Rows are never negative, and an unsigned division is shorter.
-        outer = (row.to(tl.uint32) // size.to(tl.uint32)).to(tl.int32) if WIDTH < 2 else row // size
+        outer = quotient(row, size, WIDTH)
         offset += widen(row - outer * size, WIDTH) * from_odd(strides[DIMENSIONS - i])
         row = outer
     return offset + widen(row, WIDTH) * from_odd(strides[0])
@@ -122,6 +128,23 @@ def load_row(pointer, row, inner, strides, rows, WIDTH: tl.constexpr):
         where = row_offset(row, inner, strides, WIDTH)
         value = tl.load(pointer + where, mask=row < rows, other=0.0).to(tl.float32)[:, None]
     return value
+
+
+@triton.jit
+def row_number(row, rows, sample_ids, sample_rows, WIDTH: tl.constexpr):
+    """The numbers by which rows enter the noise, as `amvl_fast.ops.philox` defines them; int64 with sample ids.
+
+    A sample has `sample_rows` rows; both arguments as `layout.Launch.samples` has them.
+    """
+    number = row
+    if sample_ids is not None:
+        sample = quotient(row, sample_rows, WIDTH)
+        sample_id = tl.load(sample_ids + sample, mask=row < rows, other=0)
+        # With r % m = r - sample * m: a row keeps its place within the sample, and moves by whole samples.
+        samples = tl.sub(sample_id, sample, sanitize_overflow=False)
+        moved = tl.mul(samples, sample_rows.to(tl.int64), sanitize_overflow=False)
+        number = tl.add(row, moved, sanitize_overflow=False)
+    return number
 
 
 @triton.jit

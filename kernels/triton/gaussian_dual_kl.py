@@ -30,6 +30,7 @@ from .blocks import (
     load,
     load_row,
     part,
+    row_number,
     row_offset,
     store,
     sum_of_fours,
@@ -41,7 +42,7 @@ from .philox import philox_normal
 STREAM = tl.constexpr(0)
 
 # What loads may assume of rows is ALIGN's to say: the same for one row as for many, so that it is summed alike.
-_UNALIGNED = ["mean_q", "logvar_q", "mean_p", "logvar_p", "grad_z"]
+_UNALIGNED = ["mean_q", "logvar_q", "mean_p", "logvar_p", "sample_ids"]
 
 
 @triton.jit
@@ -55,13 +56,15 @@ def gap_and_poison(mq, lq, mp, lp):
     return diff + poison, poison
 
 
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=_UNALIGNED[:4])
+@triton.jit(do_not_specialize=["rows", "sample_rows"], do_not_specialize_on_alignment=_UNALIGNED)
 def gaussian_dual_kl_forward_kernel(
     mean_q,
     logvar_q,
     mean_p,
     logvar_p,
     seed,
+    sample_ids,
+    sample_rows,
     z,
     forward_kl,
     reverse_kl,
@@ -79,6 +82,7 @@ def gaussian_dual_kl_forward_kernel(
     PARTS: tl.constexpr,
 ):
     row = block_rows(BLOCK_ROWS, WIDTH)
+    number = row_number(row, rows, sample_ids, sample_rows, WIDTH)
     mean_q_offset = row_offset(row, inner, mean_q_strides, WIDTH)
     logvar_q_offset = row_offset(row, inner, logvar_q_strides, WIDTH)
     mean_p_offset = row_offset(row, inner, mean_p_strides, WIDTH)
@@ -95,7 +99,9 @@ def gaussian_dual_kl_forward_kernel(
         logvar_p_block = load(logvar_p, logvar_p_offset, start, logvar_p_strides, mask, ALIGN[3], WIDTH)
         z_block = None
         for i in tl.static_range(PARTS):
-            noise = philox_normal(tl.load(seed), STREAM, row, start + 4 * i, BLOCK_ROWS, BLOCK_COLUMNS // PARTS, PARTS)
+            noise = philox_normal(
+                tl.load(seed), STREAM, number, start + 4 * i, BLOCK_ROWS, BLOCK_COLUMNS // PARTS, PARTS
+            )
             mq, lq = part(mean_q_block, i, PARTS), part(logvar_q_block, i, PARTS)
             mp, lp = part(mean_p_block, i, PARTS), part(logvar_p_block, i, PARTS)
             diff, poison = gap_and_poison(mq, lq, mp, lp)
@@ -113,13 +119,15 @@ def gaussian_dual_kl_forward_kernel(
     tl.store(reverse_kl + row, tl.sum(reverse_sum, axis=1), mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=_UNALIGNED)
+@triton.jit(do_not_specialize=["rows", "sample_rows"], do_not_specialize_on_alignment=[*_UNALIGNED, "grad_z"])
 def gaussian_dual_kl_backward_kernel(
     mean_q,
     logvar_q,
     mean_p,
     logvar_p,
     seed,
+    sample_ids,
+    sample_rows,
     grad_z,
     grad_forward_kl,
     grad_reverse_kl,
@@ -147,6 +155,7 @@ def gaussian_dual_kl_backward_kernel(
     # A gradient that is None, upstream or because nobody asked for it, is left out at compile time, and with
     # it whatever only it needs, loads included.
     row = block_rows(BLOCK_ROWS, WIDTH)
+    number = row_number(row, rows, sample_ids, sample_rows, WIDTH)
     mean_q_offset = row_offset(row, inner, mean_q_strides, WIDTH)
     logvar_q_offset = row_offset(row, inner, logvar_q_strides, WIDTH)
     mean_p_offset = row_offset(row, inner, mean_p_strides, WIDTH)
@@ -164,7 +173,7 @@ def gaussian_dual_kl_backward_kernel(
         grad_z_block = load(grad_z, grad_z_offset, start, grad_z_strides, mask, ALIGN[4], WIDTH)
     mean_q_grad, logvar_q_grad, mean_p_grad, logvar_p_grad = None, None, None, None
     for i in tl.static_range(PARTS):
-        if i > 0 and COLUMNS > BLOCK_COLUMNS:
+        if i > 0 and COLUMNS > BLOCK_COLUMNS and sample_ids is None:
             # Nothing to wait for; but here the assembler would mix the two parts, and need registers for both.
             tl.debug_barrier()
         mq, lq = part(mean_q_block, i, PARTS), part(logvar_q_block, i, PARTS)
@@ -176,9 +185,9 @@ def gaussian_dual_kl_backward_kernel(
         if grad_z is not None:
             to_mean_q = part(grad_z_block, i, PARTS)
             if grad_logvar_q is not None:
-                noise = philox_normal(
-                    tl.load(seed), STREAM, row, start + 4 * i, BLOCK_ROWS, BLOCK_COLUMNS // PARTS, PARTS
-                )
+                # With sample ids it is a volatile load that keeps the parts apart, and the round keys of each.
+                key = tl.load(seed, volatile=sample_ids is not None)
+                noise = philox_normal(key, STREAM, number, start + 4 * i, BLOCK_ROWS, BLOCK_COLUMNS // PARTS, PARTS)
                 to_logvar_q = 0.5 * to_mean_q * (deviation * noise)
         delta, remainder = subtract(lp, lq)
         half_expm1, _, half_expm1_minus, _ = half_expm1_and_phi(delta, remainder)
@@ -217,6 +226,7 @@ def gaussian_dual_kl_forward(
     mean_p: Tensor,
     logvar_p: Tensor,
     seed: Tensor,
+    sample_ids: Tensor | None,
     z: Tensor,
     forward_kl: Tensor,
     reverse_kl: Tensor,
@@ -230,7 +240,7 @@ def gaussian_dual_kl_forward(
     launch = plan(inputs, [z], walked=True)
     with on_device_of(z):
         gaussian_dual_kl_forward_kernel[launch.grid](
-            *inputs, seed, z, forward_kl, reverse_kl, *launch.geometry, **launch.options
+            *inputs, seed, *launch.samples(sample_ids), z, forward_kl, reverse_kl, *launch.geometry, **launch.options
         )
 
 
@@ -240,6 +250,7 @@ def gaussian_dual_kl_backward(
     mean_p: Tensor,
     logvar_p: Tensor,
     seed: Tensor,
+    sample_ids: Tensor | None,
     grad_z: Tensor | None,
     grad_forward_kl: Tensor | None,
     grad_reverse_kl: Tensor | None,
@@ -258,5 +269,13 @@ def gaussian_dual_kl_backward(
     launch = plan([*inputs, grad_z], grads, weights)
     with on_device_of(mean_q):
         gaussian_dual_kl_backward_kernel[launch.grid](
-            *inputs, seed, grad_z, *weights, *grads, *launch.geometry, stop_gradient, **launch.options
+            *inputs,
+            seed,
+            *launch.samples(sample_ids),
+            grad_z,
+            *weights,
+            *grads,
+            *launch.geometry,
+            stop_gradient,
+            **launch.options,
         )

@@ -145,6 +145,10 @@ class Launch(NamedTuple):
     def geometry(self) -> tuple[Any, ...]:
         return (*map(as_odd, self.rows.strides), self.rows.rows, as_odd(self.rows.inner))
 
+    def samples(self, sample_ids: Tensor | None) -> tuple[Tensor | None, int | None]:
+        """The samples' numbers and the number of rows of each, or two None, of which nothing is compiled."""
+        return (None, None) if sample_ids is None else (sample_ids, self.rows.rows // sample_ids.numel())
+
 
 def plan(
     inputs: Sequence[Tensor | None],

@@ -4,17 +4,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import append, block_mask, block_rows, block_start, load, part, row_offset, store
+from .blocks import append, block_mask, block_rows, block_start, load, part, row_number, row_offset, store
 from .exponential import exp_half_both_ways
 from .layout import on_device_of, plan
 from .philox import philox_normal
 
+_NUMBERS = ["sample_rows", "temperature", "stream", "rows"]
 
-@triton.jit(do_not_specialize=["temperature", "stream", "rows"], do_not_specialize_on_alignment=["mean", "logvar"])
+
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["mean", "logvar", "sample_ids"])
 def sample_gaussian_forward_kernel(
     mean,
     logvar,
     seed,
+    sample_ids,
+    sample_rows,
     temperature,
     stream,
     z,
@@ -30,6 +34,7 @@ def sample_gaussian_forward_kernel(
     PARTS: tl.constexpr,
 ):
     row = block_rows(BLOCK_ROWS, WIDTH)
+    number = row_number(row, rows, sample_ids, sample_rows, WIDTH)
     mean_offset = row_offset(row, inner, mean_strides, WIDTH)
     logvar_offset = row_offset(row, inner, logvar_strides, WIDTH)
     # Whatever the temperature arrives as: a float64 would drag everything after it along.
@@ -41,17 +46,19 @@ def sample_gaussian_forward_kernel(
     z_block = None
     for i in tl.static_range(PARTS):
         deviation, _ = exp_half_both_ways(part(logvar_block, i, PARTS))
-        noise = philox_normal(tl.load(seed), stream, row, start + 4 * i, BLOCK_ROWS, BLOCK_COLUMNS // PARTS, PARTS)
+        noise = philox_normal(tl.load(seed), stream, number, start + 4 * i, BLOCK_ROWS, BLOCK_COLUMNS // PARTS, PARTS)
         value = part(mean_block, i, PARTS) + temperature * deviation * noise
         z_block = append(z_block, value, z.dtype.element_ty)
     store(z, row, start, z_block, mask, COLUMNS, WIDTH)
 
 
-@triton.jit(do_not_specialize=["temperature", "stream", "rows"], do_not_specialize_on_alignment=["grad_z", "logvar"])
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["grad_z", "logvar", "sample_ids"])
 def sample_gaussian_backward_kernel(
     grad_z,
     logvar,
     seed,
+    sample_ids,
+    sample_rows,
     temperature,
     stream,
     grad_logvar,
@@ -67,6 +74,7 @@ def sample_gaussian_backward_kernel(
     PARTS: tl.constexpr,
 ):
     row = block_rows(BLOCK_ROWS, WIDTH)
+    number = row_number(row, rows, sample_ids, sample_rows, WIDTH)
     grad_z_offset = row_offset(row, inner, grad_z_strides, WIDTH)
     logvar_offset = row_offset(row, inner, logvar_strides, WIDTH)
     temperature = tl.to_tensor(temperature).to(tl.float32)
@@ -77,14 +85,20 @@ def sample_gaussian_backward_kernel(
     grad_block = None
     for i in tl.static_range(PARTS):
         deviation, _ = exp_half_both_ways(part(logvar_block, i, PARTS))
-        noise = philox_normal(tl.load(seed), stream, row, start + 4 * i, BLOCK_ROWS, BLOCK_COLUMNS // PARTS, PARTS)
+        noise = philox_normal(tl.load(seed), stream, number, start + 4 * i, BLOCK_ROWS, BLOCK_COLUMNS // PARTS, PARTS)
         value = 0.5 * part(grad_z_block, i, PARTS) * (temperature * deviation * noise)
         grad_block = append(grad_block, value, grad_logvar.dtype.element_ty)
     store(grad_logvar, row, start, grad_block, mask, COLUMNS, WIDTH)
 
 
 def sample_gaussian_forward(
-    mean: Tensor, logvar: Tensor, seed: Tensor, temperature: float, stream: int, z: Tensor
+    mean: Tensor,
+    logvar: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor | None,
+    temperature: float,
+    stream: int,
+    z: Tensor,
 ) -> None:
     """Write `mean + temperature * exp(logvar / 2) * eps` into `z`, contiguous; the inputs of any strides."""
     if z.numel() == 0:
@@ -92,12 +106,26 @@ def sample_gaussian_forward(
     launch = plan([mean, logvar], [z])
     with on_device_of(z):
         sample_gaussian_forward_kernel[launch.grid](
-            mean, logvar, seed, temperature, stream, z, *launch.geometry, **launch.options
+            mean,
+            logvar,
+            seed,
+            *launch.samples(sample_ids),
+            temperature,
+            stream,
+            z,
+            *launch.geometry,
+            **launch.options,
         )
 
 
 def sample_gaussian_backward(
-    grad_z: Tensor, logvar: Tensor, seed: Tensor, temperature: float, stream: int, grad_logvar: Tensor
+    grad_z: Tensor,
+    logvar: Tensor,
+    seed: Tensor,
+    sample_ids: Tensor | None,
+    temperature: float,
+    stream: int,
+    grad_logvar: Tensor,
 ) -> None:
     """Write `grad_z * temperature * exp(logvar / 2) * eps / 2` into `grad_logvar`, contiguous."""
     if grad_logvar.numel() == 0:
@@ -105,5 +133,13 @@ def sample_gaussian_backward(
     launch = plan([grad_z, logvar], [grad_logvar])
     with on_device_of(grad_logvar):
         sample_gaussian_backward_kernel[launch.grid](
-            grad_z, logvar, seed, temperature, stream, grad_logvar, *launch.geometry, **launch.options
+            grad_z,
+            logvar,
+            seed,
+            *launch.samples(sample_ids),
+            temperature,
+            stream,
+            grad_logvar,
+            *launch.geometry,
+            **launch.options,
         )
