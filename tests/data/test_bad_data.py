@@ -85,10 +85,11 @@ def test_rows_are_counted_in_the_file(folder):
 def test_only_the_rows_of_a_subset_are_checked(folder):
     good, bad = row(user("n?"), assistant("1"), images=[]), row(user("n?"), images=[])
     dataset = ChatDataset(write(folder, [good, bad]))
-    parts = {part[0]["row"]: part for part in (dataset.subset(1, seed=seed) for seed in range(10))}
-    assert set(parts) == {0, 1}
-    parts[0].validate()
-    assert "row 1 (counted from 0)" in refusal(parts[1].validate)
+    parts = {part.answers()[0]: part for part in (dataset.subset(1, seed=seed) for seed in range(10))}
+    assert set(parts) == {"1", "n?"}
+    parts["1"].validate()
+    for call in (parts["n?"].validate, lambda: parts["n?"][0]):
+        assert "row 1 (counted from 0)" in refusal(call)
 
 
 def test_a_bad_image_is_named_with_its_row(folder):
@@ -99,36 +100,44 @@ def test_a_bad_image_is_named_with_its_row(folder):
     dataset.validate()
     where = f"Image {image} of row 1 (counted from 0) of {dataset.path}"
 
+    def validate(decode_images=True):
+        dataset.validate(decode_images=decode_images, again=True)
+
     image.write_bytes(image.read_bytes()[:1000])
-    dataset.validate(decode_images=False)  # a header does not tell
-    for call in (dataset.validate, lambda: dataset[1]):
+    validate(decode_images=False)  # a header does not tell
+    for call in (validate, lambda: dataset[1]):
         assert f"{where} cannot be read (image file is truncated" in refusal(call)
     image.write_bytes(b"no image")
-    assert f"{where} cannot be read" in refusal(lambda: dataset.validate(decode_images=False))
+    assert f"{where} cannot be read" in refusal(lambda: validate(decode_images=False))
     image.unlink()
-    assert f"{where} does not exist: put it there" in refusal(dataset.validate)
-    assert f"{where} does not exist: put it there" in refusal(lambda: dataset.validate(decode_images=False))
+    assert f"{where} does not exist: put it there" in refusal(validate)
+    assert f"{where} does not exist: put it there" in refusal(lambda: validate(decode_images=False))
 
 
 def test_each_image_file_is_read_once(folder, monkeypatch):
     dataset = ChatDataset(write(folder, [ROW] * 20 + [ROW | {"images": ["blue.png"]}]))
     opened, real = [], Image.open
-    monkeypatch.setattr(Image, "open", lambda path: opened.append(path.name) or real(path))
+    monkeypatch.setattr(Image, "open", lambda path, **options: opened.append(path.name) or real(path, **options))
     dataset.validate()
     assert sorted(opened) == ["blue.png", "red.png"]
 
 
 LINE = json.dumps(ROW)
 BAD_FILES = {
-    "bad line": ("rows.jsonl", f"{LINE}\n\n{LINE[:-1]}\n", "Line 3 (counted from 1) of {} is not valid JSON"),
-    "bad start": ("rows.jsonl", f"nonsense\n{LINE}\n", "Line 1 (counted from 1) of {} is not valid JSON"),
-    "list": ("rows.jsonl", f"{LINE}\n[{LINE}]\n", "Line 2 (counted from 1) of {} is not an object"),
+    "bad line": ("rows.jsonl", f"{LINE}\n\n{LINE[:-1]}\n", "line 3 (counted from 1) of {}: write"),
+    "bad start": (
+        "rows.jsonl",
+        f"nonsense\n{LINE}\n",
+        "There is no valid JSON (Expecting value at column 1) in",
+    ),
+    "list": ("rows.jsonl", f"{LINE}\n[{LINE}]\n", "There is no JSON object in line 2 (counted from 1) of {}: write"),
+    "bad row of an array": ("rows.json", f"[{LINE}, 3]", "There is no JSON object in row 1 (counted from 0) of {}:"),
     "empty": ("rows.jsonl", "", "{} is empty: write at least one row"),
     "blank": ("rows.jsonl", "\n \n", "{} is empty: write at least one row"),
-    "empty array": ("rows.json", "[]", "{} cannot be read ("),
-    "broken array": ("rows.json", f"[{LINE},", "{} cannot be read ("),
+    "empty array": ("rows.json", " [ ]", "{} is empty: write at least one row"),
+    "broken array": ("rows.json", f"[{LINE},", "{} cannot be read (its JSON array is broken: "),
     "not Parquet": ("rows.parquet", LINE, "{} cannot be read ("),
-    "no messages": ("rows.jsonl", '{"turns": []}', "{} has no column `messages` (it has turns): write rows"),
+    "no messages": ("rows.jsonl", '{"turns": []}', "neither a column `messages` nor `data` in {} (it has turns)"),
     "suffix": ("rows.csv", "a,b\n1,2\n", "{} is not of a known kind: use a file ending in .jsonl"),
 }
 
@@ -137,7 +146,7 @@ BAD_FILES = {
 def test_a_bad_file_is_named(tmp_path, name, content, sentence):
     path = tmp_path / name
     path.write_text(content)
-    assert refusal(lambda: ChatDataset(path)).startswith(sentence.format(path))
+    assert sentence.format(path) in refusal(lambda: ChatDataset(path).validate())
 
 
 def test_a_missing_file_is_named(tmp_path):
