@@ -15,29 +15,27 @@ from torch.utils.flop_counter import FlopCounterMode
 from amvl_fast import AMVLConfig, AMVLModel
 from amvl_fast.bench import run, step_tables, steps
 from amvl_fast.bench.gate import GateError
-from amvl_fast.bench.gpus import GPUS
 from amvl_fast.bench.machine import CHECKOUT
 from amvl_fast.bench.measure import Budget
 from amvl_fast.bench.step_plots import write_scaling
 from amvl_fast.bench.step_predictions import (
     QWEN_7B,
-    SHARE,
-    Call,
-    Decoder,
     activation_bytes,
-    attention_flops,
-    calls,
     flops,
-    head_flops,
+    made_calls,
     moved_bytes,
     predicted_steps,
-    prompt_key_bytes,
+    recipe,
     seconds,
-    weight_flops,
 )
 from amvl_fast.bench.step_suite import StepSuite, check_steps, step_row
 from amvl_fast.bench.step_tables import bars, printed_steps, steps_as_csv
 from amvl_fast.bench.steps import CASES, FLOOR, OURS, SAMPLES, SCALING, SEVERAL, THREE_PASS, StepCase
+from amvl_fast.cost.activations import HALF, prompt_key_bytes
+from amvl_fast.cost.flops import Call, Sample, attention_flops, head_flops, linear_flops
+from amvl_fast.cost.gpus import GPUS
+from amvl_fast.cost.sizes import Decoder
+from amvl_fast.cost.timing import SHARE, weight_traffic
 
 CPU = torch.device("cpu")
 TINY = StepCase(6, 3, k=2, batch=2)
@@ -210,10 +208,10 @@ def test_operations_are_those_that_are_counted(provider):
     with FlopCounterMode(display=False) as counter:
         step()
     # Eager attention computes what it then masks, and makes nothing again in the backward pass.
-    expected = head_flops(decoder, provider, TINY)
-    for call in calls(provider, TINY):
-        expected += weight_flops(decoder, call)
-        expected += attention_flops(decoder, call, call.rows * (call.before + call.rows), backward=2)
+    eager = dataclasses.replace(recipe(OURS if provider == FLOOR else provider), attention="eager")
+    expected = head_flops(decoder, Sample(TINY.prompt, TINY.answer), eager).total
+    for call in made_calls(provider, TINY):
+        expected += linear_flops(decoder, call, eager).total + attention_flops(decoder, call, eager).total
     if provider != FLOOR:  # two heads with mean and log-variance each, and the projection
         expected += 6 * 5 * TINY.k * decoder.hidden * model.config.latent_dim
     assert counter.get_total_flops() == TINY.batch * expected
@@ -223,13 +221,13 @@ def test_qwen_is_as_large_as_published():
     assert QWEN_7B.layer_weights == 2 * 3584**2 + 2 * 3584 * 512 + 3 * 3584 * 18944
     assert QWEN_7B.weights == 28 * QWEN_7B.layer_weights + 3584 * 152_064
     assert f"{QWEN_7B.weights / 1e9:.2f}" == "7.07"
-    assert prompt_key_bytes(QWEN_7B, StepCase(1000, 1)) == 28 * 2 * 512 * 2 * 1000
+    assert prompt_key_bytes(QWEN_7B, Sample(1000, 1), HALF) == 28 * 2 * 512 * 2 * 1000
 
 
 def test_queries_read_their_prompt_and_half_of_their_branch():
     assert Call(0, (10,)).pairs == 50 and Call(7, (2, 4)).pairs == 2 * 8 + 4 * 9
     for case in (StepCase(100, 10), StepCase(1, 1)):
-        rows = {name: sum(call.rows for call in calls(name, case)) for name in (OURS, FLOOR, THREE_PASS)}
+        rows = {name: sum(call.rows for call in made_calls(name, case)) for name in (OURS, FLOOR, THREE_PASS)}
         assert rows[OURS] == rows[FLOOR] == case.unique_rows and rows[THREE_PASS] - rows[FLOOR] == 2 * case.prompt
 
 
@@ -239,8 +237,10 @@ def test_time_is_the_slower_of_operations_and_bytes():
     assert seconds(QWEN_7B, OURS, long, "H100 SXM") == compute == seconds(QWEN_7B, OURS, long, "H200 SXM")
     assert seconds(QWEN_7B, OURS, short, "H200 SXM") == moved_bytes(QWEN_7B, OURS, short) / 4800e9
     # Three calls of the decoder read and write more than one, and three passes keep three prompts.
-    floor = moved_bytes(QWEN_7B, FLOOR, short)
-    assert moved_bytes(QWEN_7B, OURS, short) - floor == 2 * 28 * QWEN_7B.layer_weights * (15 - 3)
+    weights = [weight_traffic(QWEN_7B, made, recipe(OURS)) for made in (3, 1)]
+    assert weights[0] - weights[1] == 28 * QWEN_7B.layer_weights * (15 - 3)
+    activations = 2 * activation_bytes(QWEN_7B, OURS, short)
+    assert moved_bytes(QWEN_7B, OURS, short) == 2 * weights[0] + activations
     assert activation_bytes(QWEN_7B, THREE_PASS, long) > 2.9 * activation_bytes(QWEN_7B, OURS, long)
 
 

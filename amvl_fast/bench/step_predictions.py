@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from amvl_fast.bench.gpus import GPUS
 from amvl_fast.bench.steps import FLOOR, OURS, THREE_PASS, StepCase
-from amvl_fast.bench.tables import grid
+from amvl_fast.cost.activations import FLOAT32, HALF, call_bytes, prompt_key_bytes
+from amvl_fast.cost.flops import (
+    SHARED_PREFIX,
+    Call,
+    Recipe,
+    Sample,
+    attention_flops,
+    calls,
+    head_flops,
+    linear_flops,
+)
+from amvl_fast.cost.gpus import GPUS
+from amvl_fast.cost.sizes import Decoder
+from amvl_fast.cost.timing import SHARE, weight_traffic
+from amvl_fast.text import grid
 
-# Dense bfloat16 operations a second on tensor cores, by NVIDIA's data sheets.
-SHARE = 0.5  # of a GPU's peak that a step reaches
 BYTES = 2  # of a bfloat16
 SHAPES = [StepCase(prompt, answer, batch=8) for prompt in (512, 1500, 4096) for answer in (32, 150)]
 
@@ -25,126 +35,46 @@ alone: no vision tower, no optimiser, none of AMVL's own small layers. The last 
   GB moved     weights twice for each call of the decoder (floor one, the others three), their gradients written once,
                and added up from the second call on; activations written and read once. All bfloat16.
   keys MB      keys and values of one sample's prompt, which the branches of shared_prefix read.
-  activations  kept for the backward pass, for the whole batch: 6 hidden, 2 key-value and 4 intermediate vectors a token
-               and layer. Where they do not fit, checkpointing drops most of them and costs about a third more
-               operations, for all three alike."""
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """A decoder's sizes: grouped-query attention and a gated MLP."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-
-    @property
-    def kv_weights(self) -> int:
-        """Of one layer's linear maps to keys and values."""
-        return 2 * self.hidden * self.kv_heads * self.head_dim
-
-    @property
-    def layer_weights(self) -> int:
-        """Of one layer's linear maps."""
-        return 2 * self.hidden * self.heads * self.head_dim + self.kv_weights + 3 * self.hidden * self.intermediate
-
-    @property
-    def head_weights(self) -> int:
-        return self.hidden * self.vocabulary
-
-    @property
-    def weights(self) -> int:
-        return self.layers * self.layer_weights + self.head_weights
-
-    @property
-    def kept_per_token(self) -> int:
-        """Numbers that a token's layers keep for the backward pass, logits left out."""
-        return self.layers * (6 * self.hidden + 2 * self.kv_heads * self.head_dim + 4 * self.intermediate)
+  activations  kept for the backward pass, for the whole batch, as amvl_fast/cost/activations.py counts them: norms keep
+               float32, and each branch a copy of the keys and values that it reads. Where they do not fit,
+               checkpointing drops most of them and costs about a third more operations, for all three alike."""
 
 
 QWEN_7B = Decoder(28, 3584, 18944, 28, 4, 128, 152_064)
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of the decoder, for one sample.
-
-    Attributes:
-        before: rows whose keys and values are there already.
-        branches: rows of each branch, blind to one another.
-        is_read: False where nobody reads the final hidden states, but only keys and values.
-    """
-
-    before: int
-    branches: tuple[int, ...]
-    is_read: bool = True
-
-    @property
-    def rows(self) -> int:
-        return sum(self.branches)
-
-    @property
-    def pairs(self) -> float:
-        """Queries and the keys they may read; of the own rows each reads half on average."""
-        return sum(rows * (self.before + rows / 2) for rows in self.branches)
+def recipe(provider: str) -> Recipe:
+    """A step as the predictions take it: flash attention, no checkpointing."""
+    return Recipe(SHARED_PREFIX if provider == OURS else THREE_PASS, attention="flash")
 
 
-def calls(provider: str, case: StepCase) -> list[Call]:
+def made_calls(provider: str, case: StepCase) -> list[Call]:
     """What a step calls the decoder for; the latent's end is not counted."""
-    x, y, k = case.prompt, case.answer, case.k
     if provider == FLOOR:
         return [Call(0, (case.unique_rows,))]
-    if provider == THREE_PASS:
-        return [Call(0, (x + k,)), Call(0, (x + y + k,)), Call(0, (x + k + y,))]
-    return [Call(0, (x,), is_read=False), Call(x, (k, y + k)), Call(x, (k + y,))]
-
-
-def weight_flops(decoder: Decoder, call: Call) -> int:
-    """Forward and backward, of all linear maps but the head."""
-    trained = decoder.layers * decoder.layer_weights
-    if not call.is_read:
-        trained -= decoder.layer_weights - decoder.kv_weights
-    return call.rows * (2 * decoder.layers * decoder.layer_weights + 4 * trained)
-
-
-def attention_flops(decoder: Decoder, call: Call, pairs: float, backward: float = 2.5) -> float:
-    """Forward and backward; the backward pass costs `backward` times the forward one."""
-    trained = decoder.layers if call.is_read else decoder.layers - 1
-    return 4 * pairs * decoder.heads * decoder.head_dim * (decoder.layers + backward * trained)
-
-
-def head_flops(decoder: Decoder, provider: str, case: StepCase) -> int:
-    """Logits of the answer, forward and backward, and forward once more unless they are kept."""
-    return (6 if provider == THREE_PASS else 8) * decoder.head_weights * case.answer
+    return calls(case.k, 0, Sample(case.prompt, case.answer), recipe(provider))
 
 
 def flops(decoder: Decoder, provider: str, case: StepCase) -> float:
-    """Of a whole step."""
-    made = calls(provider, case)
-    decoding = sum(weight_flops(decoder, call) + attention_flops(decoder, call, call.pairs) for call in made)
-    return case.batch * (decoding + head_flops(decoder, provider, case))
+    """Of a whole step. The floor makes logits anew, as `shared_prefix` does."""
+    chosen, made = recipe(provider), made_calls(provider, case)
+    decoding = sum(
+        linear_flops(decoder, call, chosen).total + attention_flops(decoder, call, chosen).total for call in made
+    )
+    logits = head_flops(decoder, Sample(case.prompt, case.answer), recipe(OURS if provider == FLOOR else provider))
+    return case.batch * (decoding + logits.total)
 
 
-def activation_bytes(decoder: Decoder, provider: str, case: StepCase) -> int:
-    rows = sum(call.rows for call in calls(provider, case))
-    logits = case.answer * decoder.vocabulary if provider == THREE_PASS else 0
-    return BYTES * case.batch * (rows * decoder.kept_per_token + logits)
+def activation_bytes(decoder: Decoder, provider: str, case: StepCase) -> float:
+    """Kept by the decoder's layers, and logits where they are kept."""
+    kept = sum(call_bytes(decoder, call, recipe(provider), HALF) for call in made_calls(provider, case))
+    logits = case.answer * decoder.vocabulary * FLOAT32 if provider == THREE_PASS else 0
+    return case.batch * (kept + logits)
 
 
-def prompt_key_bytes(decoder: Decoder, case: StepCase) -> int:
-    """Keys and values of one sample's prompt."""
-    return BYTES * 2 * decoder.layers * decoder.kv_heads * decoder.head_dim * case.prompt
-
-
-def moved_bytes(decoder: Decoder, provider: str, case: StepCase) -> int:
+def moved_bytes(decoder: Decoder, provider: str, case: StepCase) -> float:
     """Read and written in a whole step."""
-    made = len(calls(provider, case))
-    # The head is called once, whoever asks. Adding a gradient up reads two and writes one.
-    weights = decoder.layers * decoder.layer_weights * (3 * made + 3 * (made - 1)) + 3 * decoder.head_weights
+    weights = weight_traffic(decoder, len(made_calls(provider, case)), recipe(provider))
     return BYTES * weights + 2 * activation_bytes(decoder, provider, case)
 
 
@@ -172,7 +102,7 @@ def lines(decoder: Decoder) -> Iterator[list[str]]:
                 *(str(case.prompt), str(case.answer), provider),
                 f"{flops(decoder, provider, case) / 1e12:.0f}",
                 f"{moved_bytes(decoder, provider, case) / 1e9:.0f}",
-                f"{prompt_key_bytes(decoder, case) / 1e6:.0f}",
+                f"{prompt_key_bytes(decoder, Sample(case.prompt, case.answer)) / 1e6:.0f}",
                 f"{activation_bytes(decoder, provider, case) / 1e9:.0f}",
                 *(f"{1e3 * time:.0f}" for time in times.values()),
                 f"{seconds(decoder, THREE_PASS, case, reference) / times[reference]:.2f}",

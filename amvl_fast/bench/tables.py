@@ -12,6 +12,7 @@ import triton
 from amvl_fast.bench.compile_cases import PURE_DTYPES
 from amvl_fast.bench.predictions import ASSUMPTIONS, LAUNCH, Prediction
 from amvl_fast.bench.specialisations import MAIN_TARGET
+from amvl_fast.text import grid
 
 Row = dict[str, Any]
 
@@ -39,18 +40,6 @@ def name(row: Row) -> str:
     """A specialisation in words."""
     words = [row["target"], row["kernel"], row["dtypes"], f"d={row['d']}", row["layout"], row["options"]]
     return " ".join(word for word in words if word)
-
-
-def grid(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    """Columns side by side; the first column to the left, numbers to the right."""
-    cells: list[list[str]] = [list(header), *([str(cell) for cell in line] for line in lines)]
-    wide = [max(len(line[i]) for line in cells) for i in range(len(header))]
-    left = [all(not line[i][:1].isdigit() for line in cells[1:]) or i == 0 for i in range(len(header))]
-    text = []
-    for row in cells:
-        padded = [c.ljust(w) if to_left else c.rjust(w) for c, w, to_left in zip(row, wide, left, strict=True)]
-        text.append("  ".join(padded).rstrip())
-    return "\n".join(text)
 
 
 def percent(share: float) -> str:

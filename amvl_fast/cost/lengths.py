@@ -1,0 +1,73 @@
+"""Lengths of a data file's rows, as a run would tokenise them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from amvl_fast.cost.flops import Sample
+from amvl_fast.errors import AMVLError
+
+if TYPE_CHECKING:
+    from amvl_fast.training.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """`mean` and `longest` lengths of `looked_at` of a file's `rows`."""
+
+    mean: Sample
+    longest: Sample
+    rows: int
+    looked_at: int
+
+
+def read_lengths(config: RunConfig, limit: int = 200) -> Lengths:
+    """Tokenise up to `limit` rows of the training file, drawn at random, one by one.
+
+    Raises:
+        AMVLError: the file or the processor is not there, or a row is bad.
+    """
+    # Here, because training itself imports what a step costs.
+    from amvl_fast.data import ChatCollator, ChatDataset
+    from amvl_fast.training.run import load_processor
+
+    data = config.data
+    sources = [data.train] if isinstance(data.train, str) else data.train
+    absent = next((source for source in sources if not Path(source).exists()), None)
+    if absent is not None:  # a hub's is not downloaded for this
+        raise AMVLError(
+            f"data.train: there is no file {absent} to read lengths from; give --prompt-tokens, --answer-tokens and "
+            "--image-tokens, or put it there."
+        )
+    rows = ChatDataset(
+        sources, image_root=data.image_root, split=data.train_split, visual_thoughts=data.visual_thoughts
+    )
+    some = rows.subset(limit)
+    collate = ChatCollator(load_processor(config))
+    image = image_token(config)
+    seen = []
+    for i in range(len(some)):
+        row = some[i]
+        batch = collate([row])
+        answer = int((batch["labels"] != -100).sum())
+        tokens = int((batch["input_ids"] == image).sum())
+        seen.append((int(batch["attention_mask"].sum()) - answer, answer, tokens, len(row["images"])))
+    prompt, answer, tokens, images = (sum(column) / len(seen) for column in zip(*seen, strict=True))
+    longest = max(seen, key=lambda lengths: lengths[0] + 2 * lengths[1])
+    return Lengths(
+        Sample(prompt, answer, tokens, max(images, 1)),
+        Sample(*longest[:3], max(longest[3], 1)),
+        rows=len(rows),
+        looked_at=len(seen),
+    )
+
+
+def image_token(config: RunConfig) -> int:
+    """The id that stands for a piece of an image."""
+    from transformers import AutoConfig
+
+    from amvl_fast.training.run import hub_options
+
+    return AutoConfig.from_pretrained(config.model.backbone, **hub_options(config)).image_token_id
