@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +53,16 @@ class Adapter:
         return self.inner.vision_tower
 
     @property
+    def vision_modules(self) -> list[nn.Module]:
+        """Tower and connector: what stands outside of the decoder. Parameters of the model's own may come besides."""
+        return [child for child in self.inner.children() if child is not self.decoder]
+
+    def vision_parameters(self) -> dict[str, nn.Parameter]:
+        """Whatever image features depend on, by name."""
+        text = {id(parameter) for parameter in self.decoder.parameters()}
+        return {name: p for name, p in self.inner.named_parameters() if id(p) not in text}
+
+    @property
     def hidden_size(self) -> int:
         return self.decoder.config.hidden_size
 
@@ -58,8 +70,11 @@ class Adapter:
     def layers(self) -> int:
         return self.decoder.config.num_hidden_layers
 
-    def embed(self, input_ids: Tensor, **vision: Any) -> Embedded:
+    def embed(self, input_ids: Tensor, image_features: dict[str, Tensor] | None = None, **vision: Any) -> Embedded:
         """Token embeddings with the image features in place.
+
+        Args:
+            image_features: what `encode_images` returned for the batch's images, in place of `pixel_values`.
 
         Raises:
             AMVLError: image tokens without images, images without their tokens, or inputs that nobody reads.
@@ -72,26 +87,37 @@ class Adapter:
             )
         embeds = self.model.get_input_embeddings()(self.token_ids(input_ids))
         places = input_ids == self.model.config.image_token_id
-        if vision.get("pixel_values") is None:
-            if places.any():
-                raise AMVLError("input_ids hold image tokens, but pixel_values are missing; pass the images too.")
-            return Embedded(embeds, {})
-        # No graph where nothing is trained, even if somebody makes inputs require gradients, as checkpointing may.
-        trained = any(
-            parameter.requires_grad
-            for part in self.inner.children()
-            if part is not self.decoder
-            for parameter in part.parameters()
-        )
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            images = self.image_features(**vision)
-        features = torch.cat(list(images.pooler_output)).to(embeds.device, embeds.dtype)
+        given = "pixel_values make" if image_features is None else "image_features hold"
+        if image_features is None:
+            if vision.get("pixel_values") is None:
+                if places.any():
+                    raise AMVLError("input_ids hold image tokens, but pixel_values are missing; pass the images too.")
+                return Embedded(embeds, {})
+            image_features = self.encode_images(**vision)
+        elif vision.get("pixel_values") is not None:
+            raise AMVLError("image_features stand in place of pixel_values; pass one of them.")
+        features = image_features["embeds"].to(embeds.device, embeds.dtype)
         if places.sum() != len(features):
             raise AMVLError(
-                f"input_ids hold {int(places.sum())} image tokens, but pixel_values make {len(features)} features; "
+                f"input_ids hold {int(places.sum())} image tokens, but {given} {len(features)} features; "
                 "pass what the processor returned for both."
             )
-        return Embedded(embeds.masked_scatter(places[..., None], features), self.extras(places, images))
+        return Embedded(embeds.masked_scatter(places[..., None], features), self.extras(places, image_features))
+
+    def encode_images(self, **vision: Any) -> dict[str, Tensor]:
+        """What `embed` puts in place: features of the batch's image tokens, in their order.
+
+        They hang on the images, tower and connector alone, so that where these are frozen they may be kept. No graph is
+        made of what is frozen, even if somebody makes inputs require gradients, as checkpointing may.
+
+        Returns:
+            `embeds`, ``(image tokens, hidden_size)``, and whatever else the family's decoder takes for each of them.
+        """
+        trained = any(parameter.requires_grad for parameter in self.vision_parameters().values())
+        tower_trained = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            with contextlib.nullcontext() if tower_trained else without_graph(self.vision_tower):
+                return self.flat_features(self.image_features(**vision))
 
     def token_ids(self, input_ids: Tensor) -> Tensor:
         """The ids to look up; some families number their image token beyond the vocabulary."""
@@ -101,12 +127,16 @@ class Adapter:
         """The family's own output for images, with `pooler_output`."""
         return self.inner.get_image_features(**vision, return_dict=True)
 
-    def extras(self, places: Tensor, images: Any) -> dict[str, Tensor]:
+    def flat_features(self, images: Any) -> dict[str, Tensor]:
+        """What `encode_images` returns, out of what `image_features` does."""
+        return {"embeds": torch.cat(list(images.pooler_output))}
+
+    def extras(self, places: Tensor, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `Embedded`; only for batches with images.
 
         Args:
             places: ``(batch, length)`` bool, the image tokens.
-            images: what `image_features` returned.
+            features: what `encode_images` returned.
         """
         return {}
 
@@ -166,3 +196,22 @@ class Adapter:
                 f"takes embeddings without {', '.join(extras)}; train and score with forward()."
             )
         return self.model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+
+
+@contextlib.contextmanager
+def without_graph(module: nn.Module) -> Iterator[None]:
+    """Calls of a module within make no graph; those around them are left alone."""
+    enabled = torch.is_grad_enabled()
+
+    def switch(on: bool) -> None:
+        torch.set_grad_enabled(on)
+
+    hooks = [
+        module.register_forward_pre_hook(lambda *_: switch(False)),
+        module.register_forward_hook(lambda *_: switch(enabled), always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -54,7 +54,7 @@ class Gemma3Adapter(Adapter):
     def image_features(self, **vision: Any) -> Any:
         return super().image_features(pixel_values=vision["pixel_values"])
 
-    def extras(self, places: Tensor, images: Any) -> dict[str, Tensor]:
+    def extras(self, places: Tensor, features: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"images": places.int()}
 
     def generate(

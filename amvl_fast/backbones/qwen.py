@@ -24,10 +24,12 @@ class Qwen2VLAdapter(Adapter):
     def image_features(self, **vision: Any) -> Any:
         return self.inner.get_image_features(vision["pixel_values"], vision["image_grid_thw"], return_dict=True)
 
-    def embed(self, input_ids: Tensor, **vision: Any) -> Embedded:
-        if (vision.get("pixel_values") is None) != (vision.get("image_grid_thw") is None):
-            raise AMVLError("pixel_values and image_grid_thw go together; pass all that the processor returned.")
-        return super().embed(input_ids, **vision)
+    def embed(self, input_ids: Tensor, image_features: dict[str, Tensor] | None = None, **vision: Any) -> Embedded:
+        name = "pixel_values" if image_features is None else "image_features"
+        images = vision.get("pixel_values") if image_features is None else image_features
+        if (images is None) != (vision.get("image_grid_thw") is None):
+            raise AMVLError(f"{name} and image_grid_thw go together; pass all that the processor returned.")
+        return super().embed(input_ids, image_features, **vision)
 
     def positions(self, input_ids: Tensor, attention_mask: Tensor, **vision: Any) -> Tensor:
         if vision.get("image_grid_thw") is None:
@@ -52,8 +54,12 @@ class Qwen2VLAdapter(Adapter):
 class Qwen3VLAdapter(Qwen2VLAdapter):
     """Qwen3-VL: its first layers add features of the images a second time (DeepStack)."""
 
-    def extras(self, places: Tensor, images: Any) -> dict[str, Tensor]:
+    def flat_features(self, images: Any) -> dict[str, Tensor]:
         levels = torch.stack([torch.cat(list(features)) for features in images.deepstack_features], dim=1)
+        return {**super().flat_features(images), "deepstack": levels}
+
+    def extras(self, places: Tensor, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        levels = features["deepstack"]
         spread = levels.new_zeros(*places.shape, *levels.shape[1:]).masked_scatter(places[..., None, None], levels)
         return {"images": places, "deepstack": spread}
 
