@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+
+from tqdm import tqdm
 
 from amvl_fast.errors import AMVLError
 
@@ -16,10 +20,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except AMVLError as error:
-        print(f"amvl-fast: {error}", file=sys.stderr)
+        from amvl_fast.data.worker_errors import sentence
+
+        tqdm.write(f"amvl-fast: {sentence(error)}", file=sys.stderr)  # on a line of its own, if a bar stands there
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+# As in `amvl_fast.cost.engines`, which is imported with its verb.
+ENGINES = ("single", "ddp", "fsdp2", "zero2", "zero3")
 
 
 def positive(text: str) -> int:
@@ -60,6 +70,19 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--max-new-tokens", type=positive, default=64)
     verb.set_defaults(run=run_generate)
 
+    verb = verbs.add_parser("plan", help="predict memory and time of a configuration on GPUs, without any")
+    verb.add_argument("config", help="YAML file")
+    verb.add_argument("overrides", nargs="*", metavar="section.key=value")
+    verb.add_argument("--gpu", required=True, metavar="NAME", help="a100, h100, h200 or b200")
+    verb.add_argument("--count", type=positive, default=1, help="how many")
+    verb.add_argument("--engine", choices=ENGINES, help="by default what the configuration asks for")
+    verb.add_argument("--prompt-tokens", type=positive, metavar="N", help="of a row; by default read off its data")
+    verb.add_argument("--answer-tokens", type=positive, metavar="N")
+    verb.add_argument("--image-tokens", type=positive, metavar="N", help="how many of the prompt's are of images")
+    verb.add_argument("--images", type=positive, default=1, metavar="N", help="of a row")
+    verb.add_argument("--rows", type=positive, metavar="N", help="of an epoch; by default those of the data")
+    verb.set_defaults(run=run_plan)
+
     verb = verbs.add_parser(
         "bench", help="measure gaussian_dual_kl and the AMVL step beside their peers, with tables and plots"
     )
@@ -86,8 +109,13 @@ def parser() -> argparse.ArgumentParser:
 
 def quiet() -> None:
     """Leave transformers' bars for loading and saving out: they last an instant and tear the training's own bar."""
+    import torch
     from transformers.utils import logging
 
+    if not torch.cuda.is_available():  # DeepSpeed, where it is installed, looks for a GPU in every run and says so
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Its new name is not known to the oldest transformers that will do.
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
     logging.disable_progress_bar()
 
 
@@ -130,6 +158,24 @@ def run_generate(arguments: argparse.Namespace) -> int:
     row = {"messages": [{"role": "user", "content": content}], "images": [image]}
     options = {"latent_temperature": arguments.latent_temperature, "seed": arguments.seed}
     print(answer(model, ChatCollator(processor), [row], max_new_tokens=arguments.max_new_tokens, **options)[0])
+    return 0
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    from amvl_fast.cost.report import plan
+    from amvl_fast.training import read_config
+
+    quiet()
+    lengths = ("prompt_tokens", "answer_tokens", "image_tokens", "images", "rows")
+    print(
+        plan(
+            read_config(arguments.config, arguments.overrides),
+            gpu=arguments.gpu,
+            count=arguments.count,
+            engine=arguments.engine,
+            **{name: getattr(arguments, name) for name in lengths},
+        )
+    )
     return 0
 
 

@@ -53,6 +53,12 @@ class AMVLConfig(PreTrainedConfig):
     backbone_config: dict[str, Any] | PreTrainedConfig | None = None
     format_version: int = FORMAT_VERSION
 
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """The language model's configuration, which is the backbone's."""
+        if isinstance(self.backbone_config, PreTrainedConfig):
+            return self.backbone_config.get_text_config(*args, **kwargs)
+        return super().get_text_config(*args, **kwargs)
+
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if self.format_version > FORMAT_VERSION:

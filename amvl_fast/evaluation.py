@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from amvl_fast.data import ChatCollator
 from amvl_fast.data.rows import text_of
+from amvl_fast.lora import base_of
 from amvl_fast.modeling import AMVLModel
 
 ACTIVE_VARIANCE = 0.01
@@ -54,6 +56,8 @@ def evaluate(
     latent_temperature: float | None = None,
     seed: int = 0,
     progress: bool = False,
+    process: int = 0,
+    processes: int = 1,
 ) -> Evaluation:
     """Answer every row greedily, from the *prior* where the model has latents, and score its right answer.
 
@@ -62,8 +66,10 @@ def evaluate(
         collator: of the model's processor.
         rows: a `ChatDataset` or a list of its rows.
         latent_temperature: for the answers; None takes the model's. Likelihoods are taken at temperature 1.
-        seed: of the latents' noise, so that an evaluation changes no random state and repeats exactly.
+        seed: of the latents' noise, which belongs to rows, so that an evaluation changes no random state and repeats
+            exactly, whatever the batch size.
         progress: show a progress bar.
+        process, processes: which of how many share the work; each gets the whole result.
 
     The answer counts as right if it equals the row's after lower-casing and stripping space and punctuation.
     """
@@ -72,16 +78,37 @@ def evaluate(
     predictions: list[dict[str, Any]] = []
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
     starts = range(0, len(rows), batch_size)
-    for start in tqdm(starts, desc="evaluating", unit="batch", disable=not progress):
-        batch = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-        # Another seed for every batch: else the n-th row of each would draw the same noise.
-        options = {"latent_temperature": latent_temperature, "seed": seed + start}
-        texts = answer(model, collator, batch, max_new_tokens=max_new_tokens, **options)
-        predictions += [prediction(row, text) for row, text in zip(batch, texts, strict=True)]
-        for name, value in likelihoods(model, to_device(collator(batch), model), seed + start).items():
-            sums[name] = sums[name] + value.double().cpu()
+    turns = math.ceil(len(starts) / processes)
+    for turn in tqdm(range(turns), desc="evaluating", unit="batch", disable=not progress):
+        number = turn * processes + process
+        # Models that are sharded over processes run in step: who has nothing left runs the first batch again.
+        start = starts[number] if number < len(starts) else 0
+        batch = [{"row": i, **rows[i]} for i in range(start, min(start + batch_size, len(rows)))]
+        options: dict[str, Any] = {"latent_temperature": latent_temperature, "max_new_tokens": max_new_tokens}
+        texts = answer(model, collator, batch, seed=seed, **options)
+        found = likelihoods(model, to_device(collator(batch), model), batch, seed)
+        if number < len(starts):
+            predictions += [prediction(row, text) for row, text in zip(batch, texts, strict=True)]
+            for name, value in found.items():
+                sums[name] = sums[name] + value.double().cpu()
     model.train(was_training)
+    if processes > 1:
+        predictions, sums = _gather(predictions, sums)
     return Evaluation({**accuracies(predictions), **summarise(sums)}, predictions)
+
+
+def _gather(predictions: list[dict[str, Any]], sums: dict[str, Tensor]) -> tuple[list[dict[str, Any]], Any]:
+    """What all processes found, in the order of the rows."""
+    from accelerate.utils import gather_object  # a package for training
+
+    every = gather_object([(predictions, dict(sums))])
+    total = {name: sum(s[name] for _, s in every if name in s) for name in {n for _, s in every for n in s}}
+    return sorted((p for found, _ in every for p in found), key=lambda p: p["row"]), total
+
+
+def sample_ids(rows: Sequence[dict[str, Any]], model: PreTrainedModel) -> Tensor:
+    """The rows' numbers, to which noise belongs."""
+    return torch.tensor([row["row"] for row in rows], device=model.device)
 
 
 def to_device(batch: dict[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
@@ -100,8 +127,10 @@ def answer(
 ) -> list[str]:
     """The model's answers as text; greedy unless `generate_kwargs` say otherwise."""
     inputs = to_device(collator(rows, with_answer=False), model)
-    if isinstance(model, AMVLModel):
+    if isinstance(base_of(model), AMVLModel):
         generate_kwargs |= {"latent_temperature": latent_temperature, "seed": seed}
+        if all("row" in row for row in rows):
+            generate_kwargs["sample_ids"] = sample_ids(rows, model)
     generate: Any = model.generate  # transformers mixes it in under a type that mypy cannot call
     tokens = generate(**inputs, **{**GREEDY, **generate_kwargs})
     new = tokens[:, inputs["input_ids"].shape[1] :]
@@ -109,12 +138,14 @@ def answer(
 
 
 @torch.no_grad()
-def likelihoods(model: PreTrainedModel, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """Sums over a batch of what `summarise` averages over all of them."""
-    if not isinstance(model, AMVLModel):
+def likelihoods(
+    model: PreTrainedModel, batch: dict[str, Tensor], rows: Sequence[dict[str, Any]], seed: int
+) -> dict[str, Tensor]:
+    """Sums over a batch, made of `rows`, of what `summarise` averages over all of them."""
+    if not isinstance(base_of(model), AMVLModel):
         tokens = (batch["labels"] != -100).sum()
         return {"tokens": tokens, "nll": model(**batch).loss * tokens}
-    out = model(**batch, prior_ntp_weight=1.0, seed=seed)
+    out = model(**batch, prior_ntp_weight=1.0, seed=seed, sample_ids=sample_ids(rows, model))
     sums = {"rows": torch.tensor(len(out.z)), "tokens": out.answer_tokens.sum()}
     sums |= {"nll_posterior": out.nll.sum(), "nll_prior": out.prior_nll.sum()}
     sums |= {"forward_kl": out.forward_kl_per_slot.sum(0), "reverse_kl": out.reverse_kl_per_slot.sum(0)}

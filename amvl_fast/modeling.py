@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class AMVLOutput(ModelOutput):
     """
     Args:
         loss: ``()``, ``ntp_weight * ntp_loss + prior_ntp_weight * prior_ntp_loss + beta * forward_kl +
-            gamma * reverse_kl``.
+            gamma * reverse_kl``, with KLs of at least `free_bits` a slot.
         ntp_loss: ``()``, nats per answer token, decoded from the posterior's samples.
         prior_ntp_loss: ``()``, the same decoded from a sample of the prior; None unless asked for.
         forward_kl: ``()``, KL(q || p) with q the posterior, reduced as the configuration's `kl_reduction` says.
@@ -190,12 +191,17 @@ class AMVLModel(PreTrainedModel):
         gamma: float = 0.1,
         ntp_weight: float = 1.0,
         prior_ntp_weight: float = 0.0,
+        free_bits: float = 0.0,
         stop_gradient: bool = True,
         seed: int | Tensor | None = None,
+        sample_ids: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        num_samples_in_batch: int | Tensor | None = None,
         execution: str = "shared_prefix",
         num_posterior_samples: int = 1,
         posterior_bound: str = "mean",
         padding_free: bool = False,
+        image_features: dict[str, Tensor] | None = None,
         **vision: Any,
     ) -> AMVLOutput:
         """The AMVL loss of a batch, ``L = L_NTP + beta * KL(sg[q] || p) + gamma * KL(sg[p] || q)``.
@@ -208,8 +214,15 @@ class AMVLModel(PreTrainedModel):
             gamma: weight of the reverse KL, which moves only the posterior.
             ntp_weight: weight of the answer's loss decoded from a posterior sample.
             prior_ntp_weight: weight of the answer's loss decoded from a prior sample. Not part of the paper.
+            free_bits: nats below which the KL of one slot of one sample costs nothing and moves nothing (Kingma et al.
+                2016, there of a batch's average). Not part of the paper.
             stop_gradient: False lets both KLs move both sides (the plain ELBO).
             seed: of the noise; None draws one from PyTorch's generator. See `amvl_fast.gaussian_noise`.
+            sample_ids: ``(batch,)`` int64: noise belongs to these numbers instead of to places in the batch, so that a
+                sample's noise does not depend on how batches are split.
+            num_items_in_batch: answer tokens that the losses of tokens are divided by, where this batch is a part of
+                one; None means this batch's own.
+            num_samples_in_batch: samples that the KLs are divided by, likewise.
             execution: ``"shared_prefix"`` runs the prompt once for all branches; ``"three_pass"``, the plain one, runs
                 it again for each. Their results and gradients are the same.
             num_posterior_samples: how many samples of the posterior are decoded. The first has the noise of `seed`,
@@ -218,6 +231,8 @@ class AMVLModel(PreTrainedModel):
                 importance-weighted bound ``-log mean_s p(y|x,z_s) p(z_s|x) / q(z_s|x,y)`` (Burda et al. 2016), which
                 holds the KL within it and sends gradients to both distributions.
             padding_free: run prompts of different lengths packed into one row; takes a flash attention.
+            image_features: in place of `pixel_values`, what the backbone's adapter makes of the batch's images (see
+                `amvl_fast.backbones.Adapter.encode_images`), ``(image tokens of the batch, ...)`` each.
             vision: what the processor gives for images (`pixel_values`, `image_grid_thw`, ...).
 
         Raises:
@@ -231,19 +246,22 @@ class AMVLModel(PreTrainedModel):
             raise AMVLError(f"padding_free goes with execution='shared_prefix', not with {execution!r}.")
         if labels is None:
             raise AMVLError("AMVLModel.forward needs labels (-100 on the prompt); to answer a prompt call generate().")
-        samples = self._read(input_ids, attention_mask, labels, vision)
+        samples = self._read(input_ids, attention_mask, labels, {**vision, "image_features": image_features})
         first = seed_tensor("AMVLModel", seed, self.device)
         seeds = [first + i for i in range(num_posterior_samples)]
         options: dict[str, Any] = dict(decode_prior=prior_ntp_weight > 0, stop_gradient=stop_gradient)
+        options["sample_ids"] = sample_ids
         if execution == "shared_prefix":
             step = shared_prefix(self.adapter, self.latents, samples, seeds, padding_free=padding_free, **options)
         else:
             step = self._three_pass(samples, seeds, **options)
-        forward_kl, reverse_kl = self._reduce_kl(step.forward_kl), self._reduce_kl(step.reverse_kl)
+        count = len(input_ids) if num_samples_in_batch is None else num_samples_in_batch
+        forward_kl, reverse_kl = self._reduce_kl(step.forward_kl, count), self._reduce_kl(step.reverse_kl, count)
         nll = importance_bound(step) if posterior_bound == "importance" else step.nll.average()
-        ntp_loss = nll.mean()
-        loss = ntp_weight * ntp_loss + beta * forward_kl + gamma * reverse_kl
-        prior_ntp_loss = step.prior_nll.mean() if step.prior_nll else None
+        ntp_loss = nll.mean(num_items_in_batch)
+        paid = [self._reduce_kl(kl.clamp(min=free_bits), count) for kl in (step.forward_kl, step.reverse_kl)]
+        loss = ntp_weight * ntp_loss + beta * paid[0] + gamma * paid[1]
+        prior_ntp_loss = step.prior_nll.mean(num_items_in_batch) if step.prior_nll else None
         if prior_ntp_loss is not None:
             loss = loss + prior_ntp_weight * prior_ntp_loss
         return AMVLOutput(
@@ -276,6 +294,7 @@ class AMVLModel(PreTrainedModel):
         *,
         latent_temperature: float | None = None,
         seed: int | Tensor | None = None,
+        sample_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Answer prompts from the prior: latents first, then transformers' own ``generate``.
@@ -285,6 +304,7 @@ class AMVLModel(PreTrainedModel):
             latent_temperature: multiplies the prior's standard deviation; 0 is its mean. None takes the
                 configuration's.
             seed: of the latents' noise; None draws one.
+            sample_ids: see `forward`.
             kwargs: what the processor gives for images, and whatever ``transformers`` accepts (`max_new_tokens`,
                 `do_sample`, ...). All sequences of one prompt (`num_return_sequences`, beams) share its latents, and
                 processors that look at earlier tokens, such as `repetition_penalty`, see the new ones alone.
@@ -300,7 +320,7 @@ class AMVLModel(PreTrainedModel):
         samples = self._read(input_ids, attention_mask, None, vision)
         prior = self._prior(samples)
         temperature = self.config.latent_temperature if latent_temperature is None else latent_temperature
-        z = sample_gaussian(*prior, temperature=temperature, seed=seed)
+        z = sample_gaussian(*prior, temperature=temperature, seed=seed, sample_ids=sample_ids)
         lead = torch.cat([self.latents.projection(z), self.latents.end.expand(len(z), -1, -1)], dim=1)
         out = self._continue(samples, lead.to(samples.embeds.dtype), kwargs)
         # Embeddings went in, so only new tokens came out; callers cut the prompt off what a backbone returns.
@@ -315,7 +335,8 @@ class AMVLModel(PreTrainedModel):
     ) -> Samples:
         """Embed a batch and split it; without labels the whole row is prompt."""
         vision = {name: value for name, value in vision.items() if value is not None}
-        require_finite(**vision)
+        features = vision.pop("image_features", None)
+        require_finite(**vision, **{f"image_features[{name!r}]": value for name, value in (features or {}).items()})
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if labels is None:
@@ -323,7 +344,7 @@ class AMVLModel(PreTrainedModel):
             labels = torch.full_like(input_ids, -100)
         else:
             prompt, answer = split_prompt_and_answer(labels, attention_mask)
-        embedded = self.adapter.embed(input_ids, **vision)
+        embedded = self.adapter.embed(input_ids, features, **vision)
         positions = self.adapter.positions(input_ids, attention_mask, **vision)
         return Samples(*embedded, positions, prompt, answer, labels)
 
@@ -332,12 +353,19 @@ class AMVLModel(PreTrainedModel):
         return self.latents.prior_head(slot_states(self.adapter, self.latents, samples, see_answer=False))
 
     def _three_pass(
-        self, samples: Samples, seeds: list[Tensor], *, decode_prior: bool, stop_gradient: bool
+        self,
+        samples: Samples,
+        seeds: list[Tensor],
+        *,
+        sample_ids: Tensor | None,
+        decode_prior: bool,
+        stop_gradient: bool,
     ) -> Branches:
         """The plain step, with the noise that the ops make of the seeds."""
         shape = (len(samples.embeds), self.config.num_latents, self.config.latent_dim)
-        noise = [gaussian_noise(shape, seed, device=self.device, stream=POSTERIOR_STREAM) for seed in seeds]
-        prior_noise = gaussian_noise(shape, seeds[0], device=self.device, stream=PRIOR_STREAM) if decode_prior else None
+        draw = partial(gaussian_noise, shape, device=self.device, sample_ids=sample_ids)
+        noise = [draw(seed=seed, stream=POSTERIOR_STREAM) for seed in seeds]
+        prior_noise = draw(seed=seeds[0], stream=PRIOR_STREAM) if decode_prior else None
         return three_pass(self.adapter, self.latents, samples, noise, prior_noise, stop_gradient=stop_gradient)
 
     def _continue(self, samples: Samples, lead: Tensor, generate_kwargs: dict[str, Any]) -> Any:
@@ -345,12 +373,11 @@ class AMVLModel(PreTrainedModel):
         embeds, mask, positions, extras = pad_rows(with_prompt(samples, list(lead)), "left")
         return self.adapter.generate(embeds, mask, positions, extras, **generate_kwargs)
 
-    def _reduce_kl(self, per_slot: Tensor) -> Tensor:
-        """``(batch, k)`` summed over d -> the batch's mean, per sample or per latent element."""
-        per_sample = per_slot.sum(-1)
+    def _reduce_kl(self, per_slot: Tensor, count: int | Tensor) -> Tensor:
+        """``(batch, k)`` summed over d -> the mean over `count` samples, per sample or per latent element."""
         if self.config.kl_reduction == "mean":
-            per_sample = per_sample / (self.config.num_latents * self.config.latent_dim)
-        return per_sample.mean()
+            per_slot = per_slot / (self.config.num_latents * self.config.latent_dim)
+        return per_slot.sum() / count
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -61,7 +61,7 @@ class Objective:
             what inference does.
         kl_warmup_steps: length of each KL's linear ramp from 0; below 1 it is a share of the training's steps.
         kl_delay_steps: where the second KL's ramp begins (gamma's, or beta's when gamma comes first); likewise.
-        num_posterior_samples, posterior_bound: see `AMVLModel.forward`. Ours.
+        free_bits, num_posterior_samples, posterior_bound: see `AMVLModel.forward`. Ours.
 
     Raises:
         AMVLError: an unknown name or a negative weight.
@@ -74,6 +74,7 @@ class Objective:
     prior_ntp_weight: float = 0.0
     kl_warmup_steps: float = 0.1
     kl_delay_steps: float = 0.2
+    free_bits: float = 0.0
     num_posterior_samples: int = 1
     posterior_bound: str = "mean"
 
@@ -103,6 +104,7 @@ class Objective:
             "gamma": terms.reverse_kl * reverse * self.gamma,
             "ntp_weight": terms.ntp * self.ntp_weight,
             "prior_ntp_weight": self.prior_ntp_weight,
+            "free_bits": self.free_bits,
             "stop_gradient": terms.stop_gradient,
             "num_posterior_samples": self.num_posterior_samples,
             "posterior_bound": self.posterior_bound,

@@ -100,9 +100,12 @@ class AnswerNLL(NamedTuple):
         """Over the first dimension, that of samples."""
         return AnswerNLL(self.total.mean(0), self.tokens)
 
-    def mean(self) -> Tensor:
-        """``(...)``: nats per answer token over the batch, the loss that transformers' models report."""
-        return self.total.sum(-1) / self.tokens.sum()
+    def mean(self, tokens: int | Tensor | None = None) -> Tensor:
+        """``(...)``: nats per answer token over the batch, the loss that transformers' models report.
+
+        `tokens` is how many there are where the batch is a part of one; None means the batch's own.
+        """
+        return self.total.sum(-1) / (self.tokens.sum() if tokens is None else tokens)
 
 
 class Branches(NamedTuple):
@@ -165,5 +168,6 @@ def require_finite(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is None or tensor.device.type != "cpu" or not tensor.is_floating_point():
             continue
-        if not torch.isfinite(tensor).all():
+        # Both always reach the sum, which is quicker than looking at each; it may overflow on its own.
+        if not tensor.sum().isfinite() and not tensor.isfinite().all():
             raise AMVLError(f"The input {name} holds NaN or infinity; check the images and their preprocessing.")

@@ -11,6 +11,7 @@ prompt's, whatever is asked for. `amvl_fast.reference.three_pass` is the same st
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,7 @@ def shared_prefix(
     samples: Samples,
     seeds: list[Tensor],
     *,
+    sample_ids: Tensor | None = None,
     decode_prior: bool = False,
     stop_gradient: bool = True,
     padding_free: bool = False,
@@ -67,6 +69,7 @@ def shared_prefix(
         latents: slots, heads and projection.
         samples: the batch.
         seeds: one-element int64 tensors, one for each sample of the posterior.
+        sample_ids: ``(batch,)`` int64, whose noise it is; None means places in the batch.
         decode_prior: decode the answer from a sample of the prior, too; by the first seed.
         stop_gradient: each KL moves one side only; False lets both flow both ways (the plain ELBO).
         padding_free: pack prompts of different lengths into one row; for flash attention.
@@ -81,9 +84,12 @@ def shared_prefix(
     prior, posterior = latents.prior_head(prior_states), latents.posterior_head(posterior_states[:, -slots.shape[1] :])
 
     first, *rest = seeds
-    z, forward_kl, reverse_kl = gaussian_dual_kl(*posterior, *prior, seed=first, stop_gradient=stop_gradient)
-    z = torch.stack([z, *(sample_gaussian(*posterior, seed=seed, stream=POSTERIOR_STREAM) for seed in rest)])
-    from_prior = [sample_gaussian(*prior, seed=first, stream=PRIOR_STREAM)] if decode_prior else []
+    z, forward_kl, reverse_kl = gaussian_dual_kl(
+        *posterior, *prior, seed=first, sample_ids=sample_ids, stop_gradient=stop_gradient
+    )
+    sample = partial(sample_gaussian, sample_ids=sample_ids)
+    z = torch.stack([z, *(sample(*posterior, seed=seed, stream=POSTERIOR_STREAM) for seed in rest)])
+    from_prior = [sample(*prior, seed=first, stream=PRIOR_STREAM)] if decode_prior else []
     totals, tokens = _decode(adapter, prefix, latents, samples, [*z, *from_prior])
     prior_nll = AnswerNLL(totals[-1], tokens) if decode_prior else None
     return Branches(posterior, prior, z, forward_kl, reverse_kl, AnswerNLL(totals[: len(z)], tokens), prior_nll)

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from amvl_fast import AMVLConfig, AMVLModel
-from amvl_fast.cli import main, parser
+from amvl_fast.cli import ENGINES, main, parser
+from amvl_fast.cost import engines
 from amvl_fast.data import ChatCollator, ChatDataset
 from amvl_fast.doctor import report
 from amvl_fast.errors import AMVLError
@@ -35,7 +36,7 @@ def test_help_names_every_verb(capsys):
         main(["--help"])
     assert end.value.code == 0
     printed = capsys.readouterr().out
-    assert all(verb in printed for verb in ("train", "evaluate", "generate", "bench", "doctor"))
+    assert all(verb in printed for verb in ("train", "evaluate", "generate", "plan", "bench", "doctor"))
 
 
 def test_a_missing_extra_is_named(tmp_path, monkeypatch):
@@ -110,3 +111,18 @@ def test_doctor_names_versions_devices_and_every_backend(capsys):
         line = next(line for line in printed.splitlines() if line.startswith(f"backend {name}"))
         assert ("available" if reason is None else reason) in line
     assert printed.strip() == report().strip()
+
+
+def test_plan_reads_a_configuration_and_predicts(tmp_path, capsys):
+    base = build_tiny_base(tmp_path / "base", ["what colour is it?", "red"], **SIZES)
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"model: {{backbone: {base}}}\ndata: {{train: nowhere.jsonl}}\ntraining: {{output_dir: x, max_steps: 1}}\n"
+    )
+    lengths = ["--prompt-tokens", "100", "--answer-tokens", "10"]
+    assert main(["plan", str(config), "objective.gamma=0.1", "--gpu", "h100", "--count", "8", *lengths]) == 0
+    printed = capsys.readouterr().out
+    assert "8 x H100 SXM, ddp" in printed and "shared_prefix" in printed and "three_pass" in printed
+    assert main(["plan", str(config), "--gpu", "h100"]) == 2
+    assert "give --prompt-tokens" in capsys.readouterr().err
+    assert ENGINES == engines.ENGINES

@@ -21,6 +21,7 @@ from amvl_fast.report.plots import draw_kl, kl_series
 from amvl_fast.report.swap import swap_latents
 from amvl_fast.report.verdict import judge
 from amvl_fast.tiny import build_tiny_base
+from amvl_fast.training.checkpoints import write_manifest
 
 SIZES = dict(hidden_size=32, num_layers=1, num_heads=4, num_key_value_heads=2, vision_hidden_size=32, vision_depth=1)
 COLOURS = ("red", "green", "blue")
@@ -82,6 +83,8 @@ def make_run(root, name, *, latents=True, where="", history=True, test="test.jso
     state = {"global_step": 6, "log_history": log(latents) if history else []}
     (target / "trainer_state.json").write_text(json.dumps(state))
     data = {"test": str(root / test) if test else None, "image_root": None, "max_new_tokens": 3}
+    if where:
+        write_manifest(target, {})
     (run / "amvl_run.json").write_text(json.dumps({"data": data, "training": {"per_device_eval_batch_size": 4}}))
     return run
 

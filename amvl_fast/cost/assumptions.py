@@ -35,7 +35,7 @@ def assumptions(gpu: GPU, recipe: Recipe, setup: Setup, lengths: Lengths) -> str
     source = f"means of {lengths.looked_at} rows of the data file" if lengths.looked_at else "as given"
     described = (
         f"prompt {mean.prompt:.0f} (image tokens {mean.image_tokens:.0f}, images {mean.images:.1f}), answer "
-        f"{mean.answer:.0f}, {source}; longest {longest.prompt:.0f} and {longest.answer:.0f}; no padding"
+        f"{mean.answer:.0f}, {source}; the longest of them {longest.prompt:.0f} and {longest.answer:.0f}; no padding"
     )
     return ASSUMPTIONS.format(
         peak=gpu.matrix_flops / 1e12,

@@ -14,7 +14,7 @@ ENGINES = ("single", "ddp", "fsdp2", "zero2", "zero3")
 SHARDED = ("fsdp2", "zero3")
 FLOAT32 = 4
 # DeepSpeed's reduce_bucket_size.
-BUCKET = 500_000_000
+BUCKET = 200_000_000
 LINK_SHARE = 0.7  # of a link's published bandwidth that collectives reach
 
 

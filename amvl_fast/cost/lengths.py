@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from amvl_fast.cost.flops import Sample
@@ -31,18 +30,28 @@ def read_lengths(config: RunConfig, limit: int = 200) -> Lengths:
     """
     # Here, because training itself imports what a step costs.
     from amvl_fast.data import ChatCollator, ChatDataset
-    from amvl_fast.training.run import load_processor
+    from amvl_fast.data.sources import find_sources
+    from amvl_fast.training.loading import load_processor
 
     data = config.data
-    sources = [data.train] if isinstance(data.train, str) else data.train
-    absent = next((source for source in sources if not Path(source).exists()), None)
-    if absent is not None:  # a hub's is not downloaded for this
+    try:
+        sources = find_sources(data.train, data.train_split)
+        if data.streaming or any(source.kind == "hub" for source in sources):
+            raise AMVLError("it would have to be downloaded or converted for this")
+    except AMVLError as error:
+        reason = str(error).rstrip(".")
         raise AMVLError(
-            f"data.train: there is no file {absent} to read lengths from; give --prompt-tokens, --answer-tokens and "
-            "--image-tokens, or put it there."
-        )
+            f"data.train: no lengths can be read from {data.train} ({reason}); give --prompt-tokens, --answer-tokens "
+            "and --image-tokens."
+        ) from None
     rows = ChatDataset(
-        sources, image_root=data.image_root, split=data.train_split, visual_thoughts=data.visual_thoughts
+        data.train,
+        image_root=data.image_root,
+        max_rows=data.max_rows,
+        split=data.train_split,
+        visual_thoughts=data.visual_thoughts,
+        on_bad_sample=data.on_bad_sample,
+        max_bad_share=data.max_bad_share,
     )
     some = rows.subset(limit)
     collate = ChatCollator(load_processor(config))
@@ -68,6 +77,6 @@ def image_token(config: RunConfig) -> int:
     """The id that stands for a piece of an image."""
     from transformers import AutoConfig
 
-    from amvl_fast.training.run import hub_options
+    from amvl_fast.training.loading import hub_options
 
     return AutoConfig.from_pretrained(config.model.backbone, **hub_options(config)).image_token_id

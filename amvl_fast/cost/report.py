@@ -93,10 +93,10 @@ def memory_table(memory: dict[str, dict[str, float]], gpu: GPU) -> str:
 
 def operations_table(sizes: Sizes, sample: Sample, recipes: Sequence[Recipe]) -> str:
     counted = [step_flops(sizes, sample, recipe) for recipe in recipes]
-    lines = [[part, *(f"{of[part].total / 1e12:.3f}" for of in counted)] for part in counted[0]]
-    lines.append(["together", *(f"{sum(part.total for part in of.values()) / 1e12:.3f}" for of in counted)])
-    anew = [sum(part.recompute for part in of.values()) / 1e12 for of in counted]
-    lines.append(["of it computed anew", *(f"{one:.3f}" for one in anew)])
+    lines = [[part, *(teraflop(of[part].total) for of in counted)] for part in counted[0]]
+    lines.append(["together", *(teraflop(sum(part.total for part in of.values())) for of in counted)])
+    anew = [sum(part.recompute for part in of.values()) for of in counted]
+    lines.append(["of it computed anew", *map(teraflop, anew)])
     return grid(["TFLOP a sample", *(recipe.execution for recipe in recipes)], lines)
 
 
@@ -118,10 +118,13 @@ def conclusion(memory: dict[str, dict[str, float]], times: dict[str, StepTime], 
     """One line."""
     fitting = [name for name, of in memory.items() if fits(of, gpu)]
     ratio = times["three_pass"].step / times["shared_prefix"].step
-    faster = f"shared_prefix takes 1/{ratio:.2f} of three_pass's time a step"
+    faster = f"a step of shared_prefix is {ratio:.2f} times faster than one of three_pass"
     if not fitting:
         least = min(sum(of.values()) for of in memory.values())
-        return f"Neither fits: at least {gigabytes(least)} GB a GPU of {gpu.memory / 1e9:.0f}; {faster}."
+        return (
+            f"Neither fits: at least {gigabytes(least)} GB a GPU of {gpu.memory / 1e9:.0f} (LoRA, or an --engine that "
+            f"shards, fsdp2 or zero3, takes less); {faster}."
+        )
     which = "Both fit" if len(fitting) == 2 else f"Only {fitting[0]} fits"
     return f"{which}; {faster}."
 
@@ -130,5 +133,9 @@ def fits(memory: dict[str, float], gpu: GPU) -> bool:
     return sum(memory.values()) <= USABLE * gpu.memory
 
 
+def teraflop(count: float) -> str:
+    return f"{count / 1e12:.3f}" if count == 0 or count >= 1e9 else f"{count / 1e12:.1g}"
+
+
 def gigabytes(count: float) -> str:
-    return f"{count / 1e9:.2f}"
+    return f"{count / 1e9:.2f}" if count == 0 or count >= 1e7 else f"{count / 1e9:.1g}"

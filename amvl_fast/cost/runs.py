@@ -63,11 +63,18 @@ def recipe_of(config: RunConfig, execution: str) -> Recipe:
     return Recipe(
         execution=execution,
         decoded=objective.num_posterior_samples + (objective.prior_ntp_weight > 0),
-        checkpointing=bool(config.training.get("gradient_checkpointing")),
+        checkpointing=checkpoints(config.training),
         lora_rank=config.lora.r if config.lora else 0,
         freeze=tuple(config.model.freeze),
         attention=attention,
     )
+
+
+def checkpoints(training: dict[str, Any]) -> bool:
+    """Whether activations are checkpointed, by transformers under either of its names or by FSDP."""
+    fsdp = training.get("fsdp_config")
+    asked = [training.get("gradient_checkpointing"), training.get("activation_checkpointing")]
+    return any(asked) or bool(isinstance(fsdp, dict) and fsdp.get("activation_checkpointing"))
 
 
 def lengths_of(

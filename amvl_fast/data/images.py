@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,9 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
 
 def _open(source: str | bytes, root: str | os.PathLike[str] | None) -> Image.Image:
     file = io.BytesIO(source) if isinstance(source, bytes) else confined(source, root)
-    image = Image.open(file, formats=FORMATS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of what is refused below
+        image = Image.open(file, formats=FORMATS)
     try:
         _require_size(image)
         if image.mode in ("I", "F"):  # no saying which values are black and white

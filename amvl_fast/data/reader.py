@@ -85,8 +85,8 @@ class Reader:
     def _bad_image(self, source: Any, where: str, error: Exception) -> AMVLError:
         try:
             name = confined(source, self.root) if isinstance(source, str) else "of bytes"
-        except ValueError:
-            name = source  # as it was written, for it means no file
+        except ValueError as refusal:  # as it was written, for it means no file
+            return AMVLError(f"Image {source} of {where} is refused ({refusal}): write a path below `image_root`.")
         if isinstance(error, FileNotFoundError):
             problem, advice = "does not exist", "put it there, or correct its path or `image_root`"
         else:

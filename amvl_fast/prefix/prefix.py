@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from amvl_fast.backbones import Adapter, adapter_for
@@ -90,7 +91,7 @@ class Prefix:
         self = cls(adapter, prompts, after)
         record = _Record(self)
         try:
-            adapter.decode(
+            hidden = adapter.decode(
                 embeds.flatten(0, 1)[index],
                 None,
                 positions.flatten(1)[:, index],
@@ -108,6 +109,9 @@ class Prefix:
                 f"shared_prefix: {missing} of {adapter.layers} layers of {type(adapter.decoder).__name__} do not call "
                 "transformers' AttentionInterface with keys and values; use execution='three_pass'."
             )
+        if is_sharded(adapter.decoder):
+            last = max(self.keys)
+            self.keys[last], self.values[last] = _Joined.apply(self.keys[last], self.values[last], hidden)
         return self
 
     def run(self, branches: Sequence[Branch]) -> list[Tensor]:
@@ -127,6 +131,30 @@ class Prefix:
         read = _ReadPacked if is_flash(name) else _ReadBlocks if name == "flex_attention" else _Read
         hidden = read(self, rows).decode(embeds, positions)
         return list(hidden.split([mask.shape[1] for mask in masks], dim=1))
+
+
+def is_sharded(decoder: nn.Module) -> bool:
+    """Whether an engine (FSDP, DeepSpeed's ZeRO-3) gathers the weights of each layer when it runs."""
+    gathered = any(isinstance(module, FSDPModule) for module in decoder.modules())
+    return gathered or any(hasattr(parameter, "ds_id") for parameter in decoder.parameters())
+
+
+class _Joined(torch.autograd.Function):
+    """Keys and values as they are, and for the prompts' final hidden states a gradient of zeros.
+
+    Engines that shard gather a layer's weights again when the gradient of its output arrives. Nobody reads the output
+    of the prompts' last layer, so its keys and values would go backward through weights that are not there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, keys: Tensor, values: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.hidden = hidden.shape, hidden.dtype, hidden.device
+        return keys.view_as(keys), values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shape, dtype, device = ctx.hidden
+        return keys, values, torch.zeros(shape, dtype=dtype, device=device)
 
 
 def run_prompts(

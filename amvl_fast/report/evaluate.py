@@ -22,7 +22,7 @@ from amvl_fast.report.evaluated import EvaluatedRun, read_evaluated, read_state,
 from amvl_fast.report.page import FIGURES, markdown, rows_text, summary
 from amvl_fast.report.swap import swap_latents
 from amvl_fast.report.verdict import judge
-from amvl_fast.training.run import load_run, read_run_file
+from amvl_fast.training.loading import load_run, read_run_file
 
 REPORT_FILE = "report.md"
 
@@ -65,7 +65,7 @@ def evaluate_run(
         if value is not None and value < 1:
             raise AMVLError(f"{name} is {value}, but must be at least 1.")
     other = None if baseline is None else read_evaluated(baseline)
-    test: Any = ChatDataset(data["test"], image_root=data["image_root"])
+    test: Any = ChatDataset(data["test"], image_root=data["image_root"], split=data.get("test_split", "test"))
     drawn = rows is not None and rows < len(test)
     if drawn:
         test = test.subset(rows, seed=seed)

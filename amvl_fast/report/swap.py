@@ -36,9 +36,9 @@ def swap_latents(
     for start in tqdm(starts, desc="swapping latents", unit="batch"):
         batch = [rows[i] for i in range(start, min(start + size, len(rows)))]
         inputs = to_device(collator(batch), model)
-        sums = likelihoods(model, inputs, seed + start)
+        sums = likelihoods(model, inputs, batch, seed)
         with swapped(model, len(batch)):
-            swapped_sums = likelihoods(model, inputs, seed + start)
+            swapped_sums = likelihoods(model, inputs, batch, seed)
         own += sums["nll_prior"].item()
         other += swapped_sums["nll_prior"].item()
         tokens += int(sums["tokens"])

@@ -16,6 +16,7 @@ import yaml
 
 from amvl_fast.configuration import AMVLConfig
 from amvl_fast.errors import AMVLError
+from amvl_fast.lora import LoraSection
 from amvl_fast.objective import Objective
 
 # YAML 1.1 reads 1e-3 as text; people write it as a number.
@@ -24,34 +25,66 @@ NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 @dataclass(frozen=True)
 class ModelSection:
-    """`backbone`: directory or hub name. `dtype`, `attn_implementation`: as in transformers' ``from_pretrained``."""
+    """`freeze`: parts that are not trained, see `amvl_fast.training.parts.PARTS`.
+
+    `backbone` is a directory or hub name; the others are as in transformers' ``from_pretrained``.
+    """
 
     backbone: str
-    freeze_vision: bool = True
+    freeze: tuple[str, ...] = ("vision_tower",)
     dtype: str = "auto"
     attn_implementation: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.freeze, list | tuple) or not all(isinstance(part, str) for part in self.freeze):
+            raise AMVLError(f"model.freeze is {self.freeze!r}; write a list of parts, such as [vision_tower].")
 
 
 @dataclass(frozen=True)
 class DataSection:
-    """Chat files. `eval_rows` of `test`, drawn with the run's seed, are looked at while training."""
+    """What is trained on and looked at.
 
-    train: str
-    test: str | None = None
+    Attributes:
+        train, test: a file, folder, pattern or hub name, or a list of them; see `amvl_fast.data.ChatDataset`.
+        train_split, test_split: of hub datasets, and of folders whose file names tell one.
+        image_root, max_rows, visual_thoughts: as for `ChatDataset`; the latter two of `train`.
+        streaming: read `train` front to back without converting it; takes `training.max_steps`.
+        shuffle_buffer: how many rows of a stream are shuffled among each other.
+        on_bad_sample, max_bad_share: as for `ChatDataset`, of `train`; rows that are left out are named in
+            skipped.jsonl in the run's directory.
+        eval_rows: how many rows of `test`, drawn with the run's seed, are looked at while training.
+        max_new_tokens: for their answers.
+        vision_cache: a directory for the outputs of the frozen vision tower; see `amvl_fast.vision_cache`.
+    """
+
+    train: str | list[str]
+    test: str | list[str] | None = None
+    train_split: str = "train"
+    test_split: str = "test"
     image_root: str | None = None
+    max_rows: int | None = None
+    streaming: bool = False
+    shuffle_buffer: int = 1000
+    visual_thoughts: str = "drop"
+    on_bad_sample: str = "error"
+    max_bad_share: float = 0.01
     eval_rows: int = 500
     max_new_tokens: int = 16
+    vision_cache: str | None = None
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One training run. `training` holds fields of ``transformers.TrainingArguments``, `latents` of `AMVLConfig`."""
+    """One training run. `training` holds fields of `AMVLTrainingArguments`, `latents` of `AMVLConfig`."""
 
     model: ModelSection
     data: DataSection
     objective: Objective
     latents: dict[str, Any]
     training: dict[str, Any]
+    lora: LoraSection | None = None
 
     @property
     def output_dir(self) -> Path:
@@ -59,26 +92,31 @@ class RunConfig:
 
 
 LATENT_KEYS = sorted({f.name for f in fields(AMVLConfig)} & set(AMVLConfig.__annotations__) - {"backbone_config"})
-REQUIRED = {"model": ["backbone"], "data": ["train"], "training": ["output_dir", "max_steps"]}
+REQUIRED = {"model": ["backbone"], "data": ["train"], "training": ["output_dir"]}
 AT_LEAST_ONE = {
-    "data": ["eval_rows", "max_new_tokens"],
+    "data": ["eval_rows", "max_new_tokens", "max_rows", "shuffle_buffer"],
     "training": ["max_steps", "per_device_train_batch_size", "per_device_eval_batch_size"],
 }
 SCALARS: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str}
+# Arguments of the trainer that have a place of their own in the file.
+ELSEWHERE = ("objective", "max_new_tokens", "resume_from_checkpoint")
 # YAML 1.1 reads `no`, which these take, as false.
 STRATEGIES = ("save_strategy", "eval_strategy", "logging_strategy")
 
 
 def section_types() -> dict[str, dict[str, Any]]:
     """The annotation of every key that each section may hold."""
-    from transformers import TrainingArguments
+    from amvl_fast.training.arguments import AMVLTrainingArguments
 
+    hints = get_type_hints(AMVLTrainingArguments)
+    training = {f.name: hints[f.name] for f in fields(AMVLTrainingArguments) if f.init and f.name not in ELSEWHERE}
     return {
         "model": get_type_hints(ModelSection),
         "data": get_type_hints(DataSection),
         "objective": get_type_hints(Objective),
         "latents": {key: SCALARS[AMVLConfig.__annotations__[key]] for key in LATENT_KEYS},
-        "training": {f.name: f.type for f in fields(TrainingArguments) if f.init},
+        "lora": get_type_hints(LoraSection),
+        "training": training | {"fsdp": bool | str | None},  # transformers takes both and declares one
     }
 
 
@@ -113,13 +151,19 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         for key in keys:
             if raw.get(name, {}).get(key) is None:
                 raise AMVLError(f"{path} lacks {name}.{key}; add it under {name}:.")
-    sections = {name: build(name, raw.get(name, {}), known[name]) for name in known}
+    training = raw["training"]
+    if training.get("max_steps") is None and training.get("num_train_epochs") is None:
+        raise AMVLError(f"{path} lacks training.max_steps; add it, or num_train_epochs, under training:.")
+    if (raw["data"].get("streaming") or False) and training.get("max_steps") is None:
+        raise AMVLError(f"{path} lacks training.max_steps, which data.streaming takes; add it under training:.")
+    sections = {name: build(name, raw.get(name) or {}, known[name]) for name in known}
     return RunConfig(
         model=ModelSection(**sections["model"]),
         data=DataSection(**sections["data"]),
         objective=Objective(**sections["objective"]),
         latents=sections["latents"],
         training=sections["training"],
+        lora=LoraSection(**sections["lora"]) if raw.get("lora") is not None else None,
     )
 
 
@@ -159,13 +203,15 @@ def build(section: str, values: dict[str, Any], hints: dict[str, Any]) -> dict[s
         if key in STRATEGIES and value is False:
             value = "no"
         built[key] = value = convert(name, value, hints[key])
-        if key in AT_LEAST_ONE.get(section, ()) and value < 1:
+        if key in AT_LEAST_ONE.get(section, ()) and value is not None and value < 1:
             raise AMVLError(f"{name} is {value}; it must be at least 1.")
         # An infinite training.max_grad_norm has a meaning, so of the trainer's numbers only one is looked at.
         if (section != "training" or key == "learning_rate") and is_number(value) and not abs(value) < math.inf:
             raise AMVLError(f"{name} is {value}; it must be a finite number.")
         if name == "training.learning_rate" and value < 0:
             raise AMVLError(f"{name} is {value}; it must be at least 0.")
+        if name == "training.num_train_epochs" and not value > 0:
+            raise AMVLError(f"{name} is {value}; it must be more than 0.")
     return built
 
 

@@ -3,50 +3,62 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PreTrainedModel,
-    TrainingArguments,
-)
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from amvl_fast.backbones import ADAPTERS, adapter_for
-from amvl_fast.configuration import AMVLConfig
-from amvl_fast.data import ChatCollator, ChatDataset
+from amvl_fast.data import ChatCollator, ChatDataset, ChatStream
 from amvl_fast.errors import AMVLError
-from amvl_fast.modeling import AMVLModel
-from amvl_fast.training.checkpoints import newest, written_aside
-from amvl_fast.training.config import RunConfig
-from amvl_fast.training.trainer import AMVLTrainer, StopOnSignal
+from amvl_fast.lora import base_of
+from amvl_fast.objective import Objective
+from amvl_fast.training.arguments import AMVLTrainingArguments
+from amvl_fast.training.checkpoints import newest
+from amvl_fast.training.config import DataSection, ModelSection, RunConfig
+from amvl_fast.training.loading import RUN_FILE, load_model, load_processor, one_line, read_run_file
+from amvl_fast.training.progress import StopOnSignal
+from amvl_fast.training.trainer import AMVLTrainer
+from amvl_fast.training.zero import loading_whole
+from amvl_fast.vision_cache import VisionCache
 
-RUN_FILE = "amvl_run.json"
+STATE_FILE = "trainer_state.json"
+SKIPPED_FILE = "skipped.jsonl"
 
-# Ours where transformers' default does not fit: our rows are not tensors yet, logs go to TensorBoard, and a loss that
-# is NaN ends the run instead of being left out of the average.
-DEFAULTS: dict[str, Any] = {
-    "remove_unused_columns": False,
-    "dataloader_pin_memory": torch.cuda.is_available(),
-    "report_to": "tensorboard",
-    "logging_nan_inf_filter": False,
-    "logging_steps": 10,
-    "save_strategy": "steps",
-    "save_steps": 500,
-    "save_total_limit": 2,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.05,
+# What may be another on the way, for it changes how fast and on what a run trains but not what it learns. (That the
+# whole batch keeps its size is seen to by the trainer.)
+FREE = {
+    "data": {"vision_cache", "on_bad_sample", "max_bad_share", "eval_rows", "max_new_tokens"},
+    "training": {
+        *("output_dir", "use_cpu", "fsdp", "fsdp_config", "ddp_find_unused_parameters"),
+        *("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size"),
+        *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing"),
+        *("activation_checkpointing_kwargs", "padding_free", "execution", "dataloader_num_workers"),
+        *("dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers"),
+        *(
+            "eval_strategy",
+            "eval_steps",
+            "eval_delay",
+            "logging_steps",
+            "logging_strategy",
+            "save_steps",
+            "save_total_limit",
+            "report_to",
+            "run_name",
+            "disable_tqdm",
+        ),
+    },
 }
 
 
 def train(config: RunConfig) -> int | None:
-    """Run a configuration to its end, going on from its newest checkpoint if it has one.
+    """Run a configuration to its end, going on from its newest whole checkpoint if it has one.
+
+    Started by ``torchrun`` or ``accelerate launch``, every process calls this.
 
     Returns:
         None when the run is complete, the step at which it was interrupted (by Ctrl-C) otherwise.
@@ -55,169 +67,156 @@ def train(config: RunConfig) -> int | None:
         AMVLError: anything the user can mend, before the first training step where it can be known then.
     """
     run_dir = config.output_dir
-    require_same_run(config)
-    if is_complete(config):
-        print(f"{run_dir} is complete already; nothing to do.")
-        return None
     arguments = training_arguments(config)
+    is_main = arguments.process_index == 0
+    say = print if is_main else lambda message: None
+    require_same_run(config)
+    if is_complete(run_dir):
+        say(f"{run_dir} is complete already; nothing to do.")
+        return None
     torch.manual_seed(arguments.seed)  # the new heads are drawn before the Trainer seeds
     processor = load_processor(config)
-    control_tokens = processor.tokenizer.all_special_tokens
-    train_rows = ChatDataset(config.data.train, image_root=config.data.image_root)
-    train_rows.validate(special_tokens=control_tokens)
-    test_rows = None
-    if config.data.test:
-        test = ChatDataset(config.data.test, image_root=config.data.image_root)
-        test.validate(special_tokens=control_tokens)
-        test_rows = test.subset(config.data.eval_rows, seed=arguments.seed)
-    elif arguments.eval_strategy != "no":
-        raise AMVLError("training.eval_strategy asks for evaluations, but data.test names no file; add data.test.")
-    model = load_model(config, processor, train_rows[0])
-    write_run_file(config)
-    checkpoint = newest(run_dir)
+    with arguments.main_process_first(desc="reading data"):  # who comes later finds what the first has converted
+        train_rows, test_rows = open_data(config, arguments, processor)
+    with loading_whole():
+        model = load_model(config, processor, next(iter(train_rows)))
+    if is_main:
+        write_run_file(config)
+    cache = filled_cache(config, arguments, model, processor, train_rows, say)
     stop = StopOnSignal()
     trainer = AMVLTrainer(
         model=model,
         args=arguments,
-        objective=config.objective,
-        max_new_tokens=config.data.max_new_tokens,
+        vision_cache=cache,
         data_collator=ChatCollator(processor),
         train_dataset=train_rows,
         eval_dataset=test_rows,
         processing_class=processor,
         callbacks=[stop],
     )
-    describe(config, model, len(train_rows), checkpoint)
+    stop.any_of = trainer.any_of
+    checkpoint = agreed_checkpoint(run_dir, is_main)
+    rows = "streamed" if config.data.streaming else f"{len(train_rows):,}"
+    say(description(config, model, rows, checkpoint, arguments))
     with stop:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stop.received is not None and trainer.state.global_step < trainer.state.max_steps:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
         return trainer.state.global_step
-    with written_aside(run_dir) as aside:
+    trainer.require_finite()
+    with trainer.written_aside() as aside:
         trainer.save_model(str(aside))
-        trainer.state.save_to_json(str(aside / "trainer_state.json"))
+        if is_main:
+            trainer.state.save_to_json(str(aside / STATE_FILE))
     return None
 
 
-def training_arguments(config: RunConfig) -> TrainingArguments:
-    """transformers' arguments with our defaults; one process and one device, the only way that is supported yet."""
-    for key in ("load_best_model_at_end", "metric_for_best_model"):
-        if config.training.get(key):
-            raise AMVLError(f"training.{key} is not supported; evaluate the checkpoints and choose one.")
+def training_arguments(config: RunConfig) -> AMVLTrainingArguments:
+    """The trainer's arguments, of all the sections that hold some."""
+    options = {"objective": config.objective, "max_new_tokens": config.data.max_new_tokens, **config.training}
     try:
-        arguments = TrainingArguments(**{**DEFAULTS, **config.training})
+        return AMVLTrainingArguments(**options)
+    except AMVLError:
+        raise
     except (TypeError, ValueError, ImportError) as error:
         raise AMVLError(f"The section training: is not usable: {one_line(error)}") from error
-    if arguments.world_size > 1:
-        raise AMVLError("Training on several processes is not supported yet; start one, without torchrun.")
-    # Trainer would split a batch over all visible GPUs by rows, which tears pixel_values from their images.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+def agreed_checkpoint(run_dir: Path, is_main: bool) -> str | None:
+    """The newest whole checkpoint, as the main process finds it."""
+    found = [str(newest(run_dir) or "") if is_main else ""]
+    return broadcast_object_list(found)[0] or None
 
 
-def load_processor(config: RunConfig) -> Any:
-    """The backbone's processor; its architecture is checked first."""
-    name = config.model.backbone
-    try:
-        kind = AutoConfig.from_pretrained(name).model_type
-    except (OSError, ValueError) as error:
-        raise AMVLError(
-            f"model.backbone: {name!r} is neither a directory with a model nor a hub name that can be reached "
-            f"({one_line(error)})."
-        ) from None
-    if kind not in ADAPTERS:
-        raise AMVLError(
-            f"model.backbone: the architecture {kind!r} of {name!r} is not supported; use one of: "
-            f"{', '.join(sorted(ADAPTERS))}."
-        )
-    try:
-        return AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError, ImportError, TypeError) as error:
-        raise AMVLError(f"model.backbone: {name!r} has no processor that can be loaded ({one_line(error)}).") from error
+def open_data(config: RunConfig, arguments: AMVLTrainingArguments, processor: Any) -> tuple[Any, Any]:
+    """Training rows, checked, and the rows that are looked at while training, if there are any."""
+    data = config.data
+    control_tokens = processor.tokenizer.all_special_tokens
+    options: dict[str, Any] = {
+        "image_root": data.image_root,
+        "max_rows": data.max_rows,
+        "split": data.train_split,
+        "visual_thoughts": data.visual_thoughts,
+        "on_bad_sample": data.on_bad_sample,
+        "max_bad_share": data.max_bad_share,
+        "special_tokens": control_tokens,
+    }
+    if data.on_bad_sample == "skip":
+        options["skipped_file"] = config.output_dir / SKIPPED_FILE
+    if data.streaming:
+        options |= {"batch_size": arguments.per_device_train_batch_size, "buffer_size": data.shuffle_buffer}
+        options |= {"rank": arguments.process_index, "world_size": arguments.world_size, "endless": True}
+        train_rows: Any = ChatStream(data.train, seed=arguments.seed, **options)
+    else:
+        train_rows = ChatDataset(data.train, **options)
+    train_rows.validate()
+    if not data.test:
+        if arguments.eval_strategy != "no":
+            raise AMVLError("training.eval_strategy asks for evaluations, but data.test names no file; add data.test.")
+        return train_rows, None
+    test = ChatDataset(data.test, image_root=data.image_root, split=data.test_split)
+    test.validate(special_tokens=control_tokens)
+    return train_rows, test.subset(data.eval_rows, seed=arguments.seed)
 
 
-def load_model(config: RunConfig, processor: Any, row: dict[str, Any]) -> PreTrainedModel:
-    """The model that the objective asks for.
-
-    `row` is any of the rows to be trained on: it shows which token the prompts end with.
-    """
-    section = config.model
-    options: dict[str, Any] = {"dtype": section.dtype}
-    if section.attn_implementation:
-        options["attn_implementation"] = section.attn_implementation
-    try:
-        backbone = AutoModelForImageTextToText.from_pretrained(section.backbone, **options)
-    except (OSError, ValueError, ImportError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise AMVLError(
-            f"The model {section.backbone!r} cannot be loaded with {options} ({one_line(error)}); "
-            "check its files and the section model:."
-        ) from error
-    if config.objective.terms.latents:
-        prompt = ChatCollator(processor)([row], with_answer=False)["input_ids"]
-        return AMVLModel.from_backbone(
-            backbone,
-            AMVLConfig(**config.latents),
-            freeze_vision=section.freeze_vision,
-            end_token_id=int(prompt[0, -1]),
-        )
-    adapter_for(backbone).vision_tower.requires_grad_(not section.freeze_vision)
-    return backbone
-
-
-def load_run(run_dir: str | Path) -> tuple[PreTrainedModel, Any, Path]:
-    """A run's trained model, its processor, and the directory they came from.
-
-    That is the run directory once training is complete, its newest checkpoint before. The model is put on the GPU if
-    there is one.
-
-    Raises:
-        AMVLError: there is neither.
-    """
-    run_dir = Path(run_dir)
-    source = run_dir if (run_dir / "config.json").is_file() else newest(run_dir)
-    if source is None:
-        raise AMVLError(f"{run_dir} holds no trained model; give the training.output_dir of a run.")
-    model: Any = AutoModelForImageTextToText.from_pretrained(source).eval()
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return model, AutoProcessor.from_pretrained(source), source
+def filled_cache(
+    config: RunConfig, arguments: AMVLTrainingArguments, model: Any, processor: Any, rows: Any, say: Any
+) -> VisionCache | None:
+    """What `data.vision_cache` names, filled by all processes together; None where it names nothing."""
+    if config.data.vision_cache is None:
+        return None
+    if config.data.streaming:
+        raise AMVLError("data.vision_cache is filled before training, so data.streaming does not go with it.")
+    mixed = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    autocast = None if arguments.deepspeed else mixed  # DeepSpeed casts the model instead
+    cache = VisionCache(config.data.vision_cache, model, processor, autocast=autocast)
+    counts = cache.fill(
+        rows,
+        ChatCollator(processor),
+        batch_size=arguments.per_device_train_batch_size,
+        process=arguments.process_index,
+        processes=arguments.world_size,
+        workers=arguments.dataloader_num_workers,
+        device=arguments.device,
+        progress=arguments.process_index == 0 and not arguments.disable_tqdm,
+    )
+    computed, total = map(sum, zip(*gather_object([counts]), strict=True))  # and nobody goes on before all are done
+    say(f"vision cache: {computed:,} of {total:,} computed")
+    return cache
 
 
 def write_run_file(config: RunConfig) -> None:
     aside = config.output_dir / (RUN_FILE + ".unfinished")
     try:
         config.output_dir.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(asdict(config), indent=2) + "\n")
+        with aside.open("w") as file:
+            file.write(json.dumps(asdict(config), indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         aside.replace(config.output_dir / RUN_FILE)
     except OSError as error:
         raise AMVLError(f"training.output_dir: {config.output_dir} cannot be written to ({error}).") from error
 
 
-def read_run_file(run_dir: str | Path) -> dict[str, Any]:
-    """The configuration that a run was started with.
-
-    Raises:
-        AMVLError: `run_dir` is not the directory of a run.
-    """
-    path = Path(run_dir) / RUN_FILE
-    if not path.is_file():
-        raise AMVLError(f"{run_dir} is not the directory of a run (it has no {RUN_FILE}).")
-    return json.loads(path.read_text())
-
-
 def require_same_run(config: RunConfig) -> None:
-    """Refuse to go on with a run under another configuration."""
-    if not (config.output_dir / RUN_FILE).is_file():
+    """Refuse to go on with a run under a configuration that learns something else."""
+    begun = is_complete(config.output_dir) or any(config.output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    if not begun or not (config.output_dir / RUN_FILE).is_file():
         return
     before, now = read_run_file(config.output_dir), json.loads(json.dumps(asdict(config)))
-    changed = [
-        f"{section}.{key} was {before[section].get(key)!r} and is {now[section].get(key)!r}"
-        for section in now
-        for key in sorted({*now[section], *before[section]})
-        if now[section].get(key) != before[section].get(key)
-    ]
+    # What a run file of an older version does not name was at its default.
+    defaults: dict[str, Any] = {
+        "objective": asdict(Objective()),
+        "model": asdict(ModelSection("")),
+        "data": asdict(DataSection("")),
+    }
+    changed = []
+    for section in now:
+        old, new = (part.get(section) or {} for part in (before, now))
+        old = defaults.get(section, {}) | old
+        for key in sorted({*old, *new}):
+            free = key in FREE.get(section, ())
+            if not free and json.dumps(old.get(key)) != json.dumps(new.get(key)):
+                changed.append(f"{section}.{key} was {old.get(key)!r} and is {new.get(key)!r}")
     if changed:
         raise AMVLError(
             f"{config.output_dir} holds a run with another configuration ({'; '.join(changed)}); "
@@ -225,16 +224,22 @@ def require_same_run(config: RunConfig) -> None:
         )
 
 
-def is_complete(config: RunConfig) -> bool:
-    path = config.output_dir / "trainer_state.json"
-    return path.is_file() and TrainerState.load_from_json(str(path)).global_step >= config.training["max_steps"]
+def is_complete(run_dir: Path) -> bool:
+    path = run_dir / STATE_FILE
+    if not path.is_file():
+        return False
+    state = TrainerState.load_from_json(str(path))
+    return state.global_step >= state.max_steps
 
 
-def describe(config: RunConfig, model: PreTrainedModel, rows: int, checkpoint: Path | None) -> None:
+def description(
+    config: RunConfig, model: Any, rows: str, checkpoint: str | None, arguments: AMVLTrainingArguments
+) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    print(
-        f"{config.output_dir}: {type(model).__name__} around {config.model.backbone}, objective "
-        f"{config.objective.name}, {trained:,} of {total:,} parameters trained, {rows:,} rows, "
-        + (f"going on from {checkpoint.name}" if checkpoint else f"{config.training['max_steps']} steps")
+    processes = f" on {arguments.world_size} processes" if arguments.world_size > 1 else ""
+    return (
+        f"{config.output_dir}: {type(base_of(model)).__name__} around {config.model.backbone}, objective "
+        f"{config.objective.name}, {trained:,} of {total:,} parameters trained, {rows} rows{processes}, "
+        + (f"going on from {Path(checkpoint).name}" if checkpoint else "from the start")
     )

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
 from amvl_fast import AMVLConfig
 from amvl_fast.errors import AMVLError
@@ -15,7 +17,7 @@ def test_sections_and_overrides(settings, write):
     assert config.objective.beta == 0.5 and config.objective.name == "amvl"
     assert config.training["learning_rate"] == 2e-4 and config.training["bf16"] is False
     assert config.latents == {"num_latents": 2, "latent_dim": 4}
-    assert config.model.freeze_vision is True
+    assert config.model.freeze == ("vision_tower",) and config.lora is None
 
 
 def test_numbers_without_a_point_are_numbers(settings, write):
@@ -112,11 +114,16 @@ def test_values_become_what_their_key_takes(settings, write):
     assert training["max_grad_norm"] == float("inf") and training["lr_scheduler_kwargs"] == {"min_lr": 0.1}
 
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+ENGINES = sorted((ROOT / "configs" / "engines").glob("*.yaml"))
+CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - set(ENGINES))
+
+
+ENGINE_NAMES = ["ddp", "fsdp2", "zero2", "zero3"]
 
 
 def test_there_are_shipped_configurations():
-    assert len(CONFIGS) >= 4
+    assert len(CONFIGS) >= 6 and [path.stem for path in ENGINES] == ENGINE_NAMES
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -125,3 +132,15 @@ def test_shipped_configurations_are_read(path):
     assert config.output_dir.parts[0] == "runs"
     if config.objective.terms.latents:
         assert AMVLConfig(**config.latents).num_latents == config.latents["num_latents"]
+
+
+@pytest.mark.parametrize("path", ENGINES, ids=lambda path: path.stem)
+def test_shipped_engines_are_read_by_accelerate(path, monkeypatch):
+    monkeypatch.chdir(ROOT)  # from where they name other files
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 8 and f"--config_file configs/engines/{path.name}" in path.read_text()
+    if path.stem.startswith("zero"):
+        zero = HfDeepSpeedConfig(config.deepspeed_config["deepspeed_config_file"])
+        assert zero.get_value("zero_optimization.stage") == int(path.stem[-1])
+        # A checkpoint without whole weights could be loaded by nobody.
+        assert zero.is_zero2() or zero.get_value("zero_optimization.stage3_gather_16bit_weights_on_model_save")

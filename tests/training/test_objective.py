@@ -27,7 +27,7 @@ def test_a_name_switches_exactly_its_terms(name, row):
     end = Objective(name, beta=2.0, gamma=0.5, ntp_weight=3.0).at(99, 100)
     ntp, forward, reverse, stop = row
     expected = {"ntp_weight": 3.0 * ntp, "beta": 2.0 * forward, "gamma": 0.5 * reverse}
-    ours = {"prior_ntp_weight": 0.0, "num_posterior_samples": 1, "posterior_bound": "mean"}
+    ours = {"prior_ntp_weight": 0.0, "free_bits": 0.0, "num_posterior_samples": 1, "posterior_bound": "mean"}
     assert end == {**expected, **ours, "stop_gradient": stop}
 
 
