@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from amvl_fast.cli import quiet
 from amvl_fast.data import ChatDataset, write_easy_vqa
 from amvl_fast.data.rows import text_of
 from amvl_fast.tiny import build_tiny_base
@@ -61,4 +62,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "table":
         print(seed_table(sys.argv[2]))
     else:
+        quiet()
         prepare(sys.argv[2])

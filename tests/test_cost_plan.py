@@ -127,7 +127,7 @@ def test_the_report(configured, monkeypatch):
     text = plan(configured(), gpu="h100", count=64, engine="fsdp2", rows=100_000, **LENGTHS)
     assert made and all(parameter.is_meta for parameter in made)
     assert text.startswith("Predicted, not measured") and "64 x H100 SXM, fsdp2" in text
-    assert "8,292,166,656 parameters" in text and "= 1024 a step; activation checkpointing on" in text
+    assert "8,292,166,656 parameters" in text and "= 512 a step; activation checkpointing on" in text
     for words in (
         "prompt keys and values",
         "optimiser",
@@ -143,7 +143,7 @@ def test_the_report(configured, monkeypatch):
     lines = [line.split() for line in text.splitlines()]
     hours = next([float(cell) for cell in line[-2:]] for line in lines if line[:1] == ["hours"])
     steps = next([float(cell) for cell in line[-2:]] for line in lines if line[:2] == ["a", "step"])
-    assert hours == [pytest.approx(step * 100_000 / 1024 / 3600, abs=0.006) for step in steps]
+    assert hours == [pytest.approx(step * 100_000 / 512 / 3600, abs=0.006) for step in steps]
 
 
 def test_what_does_not_fit_is_said(configured):
