@@ -30,13 +30,18 @@ WHOLE_GRADIENTS = """
                  unless training.accelerator_config is {gradient_accumulation_kwargs: {sync_each_batch: true}}."""
 
 
+INDENT = "\n" + 17 * " "
+
+
 def assumptions(gpu: GPU, recipe: Recipe, setup: Setup, lengths: Lengths) -> str:
     mean, longest = lengths.mean, lengths.longest
     source = f"means of {lengths.looked_at} rows of the data file" if lengths.looked_at else "as given"
     described = (
         f"prompt {mean.prompt:.0f} (image tokens {mean.image_tokens:.0f}, images {mean.images:.1f}), answer "
-        f"{mean.answer:.0f}, {source}; the longest of them {longest.prompt:.0f} and {longest.answer:.0f}; no padding"
+        f"{mean.answer:.0f}, {source}; no padding"
     )
+    if lengths.looked_at:
+        described += f"{INDENT}The longest of them has {longest.prompt:.0f} and {longest.answer:.0f}."
     return ASSUMPTIONS.format(
         peak=gpu.matrix_flops / 1e12,
         bandwidth=gpu.bandwidth / 1e9,
@@ -55,7 +60,7 @@ def in_words(precision: Precision, recipe: Recipe, setup: Setup) -> str:
     if setup.is_deepspeed and setup.bf16:
         return "DeepSpeed's bfloat16 weights and gradients, and a float32 copy of the weights."
     weights = "float32" if setup.weights == 4 else "bfloat16"
-    note = "" if precision.compute == 2 else " Times are those of bfloat16 all the same."
+    note = "" if precision.compute == 2 else f"{INDENT}Times are those of bfloat16 all the same."
     computes = "float32" if precision.compute == 4 else "bfloat16"
     if recipe.lora_rank:
         return f"frozen weights in {weights}, adapters and moments in float32, layers compute in {computes}.{note}"

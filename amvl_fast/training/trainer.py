@@ -232,7 +232,7 @@ class AMVLTrainer(SavingTrainer):
         loss = outputs.loss * self.args.world_size
         return (loss, outputs) if return_outputs else loss
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> float:
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """transformers' estimate; but the weights are counted once, which takes a hundredth of a small step."""
         return 6 * inputs["input_ids"].numel() * self._weights
 
