@@ -25,6 +25,7 @@ from amvl_fast.modeling import AMVLModel
 
 # Raise it when what entries hold changes, or what is made of images on the way to the tower.
 VERSION = "1"
+BLOCK = 256  # rows
 
 
 class VisionCache:
@@ -110,8 +111,8 @@ class VisionCache:
         Raises:
             AMVLError: the disk is full.
         """
-        # Neighbours often share an image, so each process takes rows that follow each other.
-        share = range(len(rows) * process // processes, len(rows) * (process + 1) // processes)
+        # Neighbours often share an image, so rows are dealt in blocks; small ones, for nobody is to wait long.
+        share = [row for row in range(len(rows)) if row // BLOCK % processes == process]
         batches: Any = DataLoader(
             Subset(rows, share),
             batch_size,

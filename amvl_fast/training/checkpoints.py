@@ -49,6 +49,8 @@ def written_aside(
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         wait()
+        if not aside.is_dir():
+            raise AMVLError(f"{run_dir} is not on a file system that all machines share; choose one that is.")
         yield aside
         wait()
         if is_main:
@@ -139,14 +141,21 @@ def _checksum(path: Path) -> int:
     return value
 
 
+def step_of(checkpoint: Any) -> int:
+    """The step that a checkpoint's directory is named after; 0 for none."""
+    number = str(checkpoint or "").rstrip("/").rpartition("-")[2]
+    return int(number) if number.isdigit() else 0
+
+
+def numbered(run_dir: Path) -> list[tuple[int, Path]]:
+    """Directories of checkpoints, whole or not, with their steps, in that order."""
+    found = [path for path in run_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir() and step_of(path)]
+    return sorted((step_of(path), path) for path in found)
+
+
 def newest(run_dir: Path, say: Callable[[str], Any] = print) -> Path | None:
     """The newest whole checkpoint of a run, if there is any; says which ones are passed over, and why."""
-    numbered = {
-        int(number): path
-        for path in run_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (number := path.name.rpartition("-")[2]).isdigit() and path.is_dir()
-    }
-    for _, checkpoint in sorted(numbered.items(), reverse=True):
+    for _, checkpoint in reversed(numbered(run_dir)):
         problem = damage(checkpoint)
         if problem is None:
             return checkpoint
@@ -165,7 +174,9 @@ def require_space(run_dir: Path, model: nn.Module) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     frozen = 0 if isinstance(getattr(model, "peft_config", None), dict) else 1
     sizes = [p.numel() * p.element_size() * (3 if p.requires_grad else frozen) for p in model.parameters()]
-    needed, free = sum(sizes), shutil.disk_usage(run_dir).free
+    # What a run that was killed left behind is cleared before anything is written.
+    left = sum(path.stat().st_size for path in (run_dir / ASIDE).rglob("*") if path.is_file())
+    needed, free = sum(sizes), shutil.disk_usage(run_dir).free + left
     if free < needed:
         raise AMVLError(
             f"{run_dir} has {free / 2**20:,.1f} MiB free, but one checkpoint takes {needed / 2**20:,.1f} MiB; "

@@ -56,19 +56,22 @@ class Meter:
 
     def reset(self) -> None:
         self._losses: dict[str, Tensor] = {}
-        self._counts: list[Counts] = []
+        self._total: Counts | None = None
+        self._last: Counts | None = None
+        self._steps = 0
         self._start = time.perf_counter()
 
     def begin_step(self, counts: Counts) -> None:
-        self._counts.append(counts)
+        self._total = counts if self._total is None else Counts(*map(torch.add, self._total, counts))
+        self._last, self._steps = counts, self._steps + 1
 
     def add(self, outputs: Any) -> None:
         """The outputs of one part of a step's batch."""
         parts = {name: outputs[name] for name in LOSSES if outputs.get(name) is not None}
         for name in SLOTS:
             per_slot = outputs.get(f"{name}_per_slot")
-            if per_slot is not None:
-                parts[f"{name}_slot"] = per_slot.sum(0) / self._counts[-1].samples
+            if per_slot is not None and self._last is not None:
+                parts[f"{name}_slot"] = per_slot.sum(0) / self._last.samples
         for name, value in parts.items():
             self._losses[name] = self._losses.get(name, 0.0) + value.detach()
 
@@ -84,13 +87,13 @@ class Meter:
     def read(self) -> dict[str, float]:
         """Averages over the steps since the last reading; by all processes together."""
         seconds = max(time.perf_counter() - self._start, 1e-9)
-        steps = max(len(self._counts), 1)
+        steps = max(self._steps, 1)
         logs: dict[str, float] = {}
         for name, added in self._losses.items():
             mean = (self.accelerator.reduce(added, "sum") / steps).tolist()
             logs |= {f"{name}_{i}": value for i, value in enumerate(mean)} if isinstance(mean, list) else {name: mean}
-        if self._counts:
-            total = Counts(*(sum(column) for column in zip(*self._counts, strict=True)))
+        if self._total is not None:
+            total = self._total
             logs["samples_per_second"] = int(total.samples) / seconds
             logs["tokens_per_second"] = int(total.tokens) / seconds
             logs |= self._utilisation(total, seconds)

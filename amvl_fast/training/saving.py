@@ -18,13 +18,23 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints
 
 from amvl_fast.errors import AMVLError
 from amvl_fast.lora import ADAPTER_FILE, base_of, load_lora
-from amvl_fast.training.checkpoints import newest, read_manifest, require_space, written_aside
+from amvl_fast.training.checkpoints import (
+    damage,
+    newest,
+    numbered,
+    read_manifest,
+    require_space,
+    step_of,
+    written_aside,
+)
 from amvl_fast.training.zero import weights_only
 
+# What FSDP's own activation checkpointing puts into names.
+WRAPPED = "_checkpoint_wrapped_module."
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 
 
@@ -42,10 +52,22 @@ class SavingTrainer(Trainer):
         require_space(self.run_dir, self.model)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest(self.run_dir)
+            if resume_from_checkpoint is None:
+                raise AMVLError(f"{self.run_dir} has no whole checkpoint to go on from; train without one.")
+        self._require_newest(resume_from_checkpoint)
         if resume_from_checkpoint:
             self._require_same_batch(Path(resume_from_checkpoint))
             self._load_weights(resume_from_checkpoint)
         return super().train(str(resume_from_checkpoint or "") or None, *args, **kwargs)
+
+    def _require_newest(self, checkpoint: Any) -> None:
+        """Nobody trains past whole checkpoints of another course of a run, which would get mixed up with this one's."""
+        later = [path for step, path in numbered(self.run_dir) if step > step_of(checkpoint) and damage(path) is None]
+        if later:
+            raise AMVLError(
+                f"{later[-1]} is of a later step than the one that this run begins at; go on from it, remove it, or "
+                "choose another output_dir."
+            )
 
     def _facts(self) -> dict[str, Any]:
         args = self.args
@@ -137,12 +159,18 @@ class SavingTrainer(Trainer):
         if checkpoint is None or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        # Mapped, so that a process reads of it what its shards need.
-        path = os.path.join(checkpoint, OPTIMIZER)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if state["state"]:  # plain gradient descent keeps nothing
-            options = StateDictOptions(full_state_dict=True)
-            set_optimizer_state_dict(self.model, self._inner_optimizer(), state, options=options)
+        # Mapped where it goes to other devices, so that a process reads of it what its shards need; on the CPU moments
+        # would stay in the file, which will be deleted.
+        path, mapped = os.path.join(checkpoint, OPTIMIZER), self.accelerator.device.type != "cpu"
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        known, inner = set(state["state"]), self._inner_optimizer()
+        if known:  # plain gradient descent keeps nothing
+            # Not strict: of what never had a gradient there is no state, and none is to be made up.
+            options = StateDictOptions(full_state_dict=True, strict=False)
+            set_optimizer_state_dict(self.model, inner, state, options=options)
+            for name, parameter in self.model.named_parameters():
+                if name.replace(WRAPPED, "") not in known:
+                    inner.state.pop(parameter, None)
         self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER), weights_only=True))
         for group, rate in zip(self._inner_optimizer().param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
@@ -169,9 +197,8 @@ class SavingTrainer(Trainer):
 
     def _remove_passed_over(self) -> None:
         """Damaged checkpoints of steps to come: rotation would keep them, being the newest, in place of whole ones."""
-        for path in self.run_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-            number = path.name.rpartition("-")[2]
-            if number.isdigit() and int(number) > self.state.global_step:
+        for step, path in numbered(self.run_dir):
+            if step > self.state.global_step:
                 shutil.rmtree(path, ignore_errors=True)
 
     def require_finite(self) -> None:

@@ -94,6 +94,7 @@ class AMVLTrainer(SavingTrainer):
         # Both: compute_loss divides by the whole batch, and nobody else is to.
         self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga = False, True
         self.meter = Meter(self.accelerator, self._operations())
+        self._weights = self.model.num_parameters(exclude_embeddings=True)  # while they are whole
         self._part = 0
         self._norms: dict[str, float] = {}
         # Of outputs that are views; nobody writes into them.
@@ -236,10 +237,6 @@ class AMVLTrainer(SavingTrainer):
         """transformers' estimate; but the weights are counted once, which takes a hundredth of a small step."""
         return 6 * inputs["input_ids"].numel() * self._weights
 
-    @functools.cached_property
-    def _weights(self) -> int:
-        return self.model.num_parameters(exclude_embeddings=True)
-
     def _seed(self) -> int:
         """Of the step's noise; room for the numbers that follow it, one for each sample of the posterior."""
         return ((self.args.seed << 40) + (self.state.global_step << 8)) % 2**63
@@ -276,7 +273,7 @@ class AMVLTrainer(SavingTrainer):
     def _note_gradients(self) -> None:
         """Where they will be logged, for shards have to be gathered for it; DeepSpeed keeps them to itself."""
         step = self.state.global_step + 1
-        often = self.args.logging_strategy != "steps" or (step == 1 and self.args.logging_first_step)
+        often = self.args.logging_strategy == "epoch" or (step == 1 and self.args.logging_first_step)
         is_logged = often or (self.state.logging_steps and step % self.state.logging_steps == 0)
         # Under float16 they are still scaled.
         if is_logged and not self.is_deepspeed_enabled and getattr(self.accelerator, "scaler", None) is None:

@@ -1,5 +1,7 @@
 """`AMVLTrainer` in a script of one's own, its arguments, and the parts that it trains apart."""
 
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, TrainingArguments
@@ -398,3 +400,36 @@ def test_latents_may_be_frozen_beside_adapters(settings, write):
 def test_seeds_may_be_dates(settings, write):
     settings["training"] |= {"seed": 20261123, "max_steps": 1}
     assert train(read_config(write(settings))) is None
+
+
+def test_parameters_without_gradients_do_not_keep_a_run_from_resuming(trainer_of, model, tmp_path):
+    """As the last layer of a tower of which an earlier one is read."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+
+    def with_one_more(model):
+        model.unread = torch.nn.Parameter(torch.ones(3))
+        return model
+
+    trainer_of(with_one_more(model), **saving).train()
+    torch.manual_seed(0)
+    again = with_one_more(AMVLModel.from_pretrained(tmp_path / "own" / "checkpoint-2"))
+    freeze(again, ["vision_tower"])
+    shutil.rmtree(tmp_path / "own" / "checkpoint-4")
+    trainer = trainer_of(again, **saving)
+    trainer._load_weights = lambda checkpoint: None  # they are those
+    trainer.train(resume_from_checkpoint=True)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    assert again.unread not in trainer.optimizer.state
+
+
+def test_whole_checkpoints_of_later_steps_are_not_trained_past(trainer_of, model, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    trainer_of(model, **saving).train()
+    for beginning in (None, str(tmp_path / "own" / "checkpoint-2")):
+        with pytest.raises(AMVLError, match="checkpoint-4 is of a later step than the one that this run begins at"):
+            trainer_of(model, **saving).train(resume_from_checkpoint=beginning)
+
+
+def test_there_must_be_a_checkpoint_to_go_on_from(trainer_of, model):
+    with pytest.raises(AMVLError, match="has no whole checkpoint to go on from"):
+        trainer_of(model).train(resume_from_checkpoint=True)

@@ -15,7 +15,7 @@ from model.families import CONFIGS, make_model
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from amvl_fast import AMVLConfig, AMVLError, AMVLModel
+from amvl_fast import AMVLConfig, AMVLError, AMVLModel, vision_cache
 from amvl_fast.data import ChatCollator, ChatDataset
 from amvl_fast.training import parts, read_config, train, trainer
 from amvl_fast.training import run as runs
@@ -164,9 +164,10 @@ def test_filling_goes_on_where_it_stopped(cache, collator, rows, model):
     assert torch.equal(torch.get_rng_state(), random) and all(module.training for module in model.modules())
 
 
-def test_processes_share_the_rows(cache, collator, rows):
+def test_processes_share_the_rows(cache, collator, rows, monkeypatch):
+    monkeypatch.setattr(vision_cache, "BLOCK", 1)
     done = [cache.fill(rows, collator, process=process, processes=3) for process in range(3)]
-    assert done == [(1, 1), (1, 1), (0, 1)] and cache.fill(rows, collator) == (0, 2)
+    assert done == [(2, 2), (0, 1), (0, 0)] and cache.fill(rows, collator) == (0, 2)
 
 
 def start(inputs, cache, deadly_entry=0):
