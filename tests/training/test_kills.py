@@ -194,3 +194,25 @@ def test_a_run_killed_before_its_very_end_takes_no_step_more(whole, unfinished):
     assert sorted(path.name for path in run_dir.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     assert same(everything(run_dir)[0], everything(whole[0])[0])
     assert logs(run_dir) == logs(whole[0])
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(settings, write, tmp_path, monkeypatch):
+    """What a power cut would show, and kill -9 cannot: each file, and the directory, synced before the rename."""
+    synced, fsync, replace, renamed = set(), os.fsync, os.replace, []
+
+    def note(handle):
+        synced.add(os.readlink(f"/proc/self/fd/{handle}"))
+        fsync(handle)
+
+    def check(source, target):
+        if Path(source).name.startswith("checkpoint-"):
+            files = {str(path) for path in [Path(source), *Path(source).rglob("*")]}
+            renamed.append(Path(target).name)
+            assert files <= synced, files - synced
+            synced.clear()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", check)
+    assert train(read_config(write(settings))) is None
+    assert renamed == ["checkpoint-3", "checkpoint-6"] and str(tmp_path / "run") in synced
