@@ -44,15 +44,7 @@ def read_lengths(config: RunConfig, limit: int = 200) -> Lengths:
             f"data.train: no lengths can be read from {data.train} ({reason}); give --prompt-tokens, --answer-tokens "
             "and --image-tokens."
         ) from None
-    rows = ChatDataset(
-        data.train,
-        image_root=data.image_root,
-        max_rows=data.max_rows,
-        split=data.train_split,
-        visual_thoughts=data.visual_thoughts,
-        on_bad_sample=data.on_bad_sample,
-        max_bad_share=data.max_bad_share,
-    )
+    rows = ChatDataset(data.train, **data.reading)
     some = rows.subset(limit)
     collate = ChatCollator(load_processor(config))
     image = image_token(config)
@@ -77,6 +69,4 @@ def image_token(config: RunConfig) -> int:
     """The id that stands for a piece of an image."""
     from transformers import AutoConfig
 
-    from amvl_fast.training.loading import hub_options
-
-    return AutoConfig.from_pretrained(config.model.backbone, **hub_options(config)).image_token_id
+    return AutoConfig.from_pretrained(config.model.backbone, **config.model.hub).image_token_id

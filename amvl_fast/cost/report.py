@@ -50,8 +50,7 @@ def plan(
     if not config.objective.terms.latents:
         raise AMVLError(f"objective.name is {config.objective.name!r}: only runs with latents can be planned.")
     name = find_gpu(gpu)
-    hub = {"revision": config.model.revision or "main", "trust_remote_code": config.model.trust_remote_code}
-    sizes = read_sizes(config.model.backbone, config.latents, **hub)
+    sizes = read_sizes(config.model.backbone, config.latents, **config.model.hub)
     setup = setup_of(config, sizes, engine or engine_of(config, count), count)
     recipes = [recipe_of(config, execution) for execution in EXECUTIONS]
     lengths = lengths_of(config, prompt_tokens, answer_tokens, image_tokens, images)

@@ -41,6 +41,11 @@ class ModelSection:
         if not isinstance(self.freeze, list | tuple) or not all(isinstance(part, str) for part in self.freeze):
             raise AMVLError(f"model.freeze is {self.freeze!r}; write a list of parts, such as [vision_tower].")
 
+    @property
+    def hub(self) -> dict[str, Any]:
+        """For ``from_pretrained``: which of a name's versions, and whether code that comes with it may run."""
+        return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
+
 
 @dataclass(frozen=True)
 class DataSection:
@@ -73,6 +78,12 @@ class DataSection:
     eval_rows: int = 500
     max_new_tokens: int = 16
     vision_cache: str | None = None
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How `train` is read, for `ChatDataset` and `ChatStream`."""
+        same = ("image_root", "max_rows", "visual_thoughts", "on_bad_sample", "max_bad_share")
+        return {name: getattr(self, name) for name in same} | {"split": self.train_split}
 
 
 @dataclass(frozen=True)

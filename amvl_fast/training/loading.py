@@ -18,7 +18,7 @@ from amvl_fast.lora import ADAPTER_FILE, LoraSection, add_lora, load_lora
 from amvl_fast.modeling import AMVLModel
 from amvl_fast.objective import OBJECTIVES
 from amvl_fast.training.checkpoints import newest
-from amvl_fast.training.config import RunConfig
+from amvl_fast.training.config import ModelSection, RunConfig
 from amvl_fast.training.parts import freeze
 
 RUN_FILE = "amvl_run.json"
@@ -32,7 +32,7 @@ def load_processor(config: RunConfig) -> Any:
     """The backbone's processor; its architecture is checked first."""
     name = config.model.backbone
     try:
-        kind = AutoConfig.from_pretrained(name, **hub_options(config)).model_type
+        kind = AutoConfig.from_pretrained(name, **config.model.hub).model_type
     except (OSError, ValueError) as error:
         raise AMVLError(
             f"model.backbone: {name!r} is neither a directory with a model nor a hub name that can be reached "
@@ -44,14 +44,9 @@ def load_processor(config: RunConfig) -> Any:
             f"{', '.join(sorted(ADAPTERS))}."
         )
     try:
-        return AutoProcessor.from_pretrained(name, **hub_options(config))
+        return AutoProcessor.from_pretrained(name, **config.model.hub)
     except (OSError, ValueError, ImportError, TypeError) as error:
         raise AMVLError(f"model.backbone: {name!r} has no processor that can be loaded ({one_line(error)}).") from error
-
-
-def hub_options(config: RunConfig) -> dict[str, Any]:
-    """Which of a name's versions, and whether code that comes with it may run."""
-    return {"revision": config.model.revision or "main", "trust_remote_code": config.model.trust_remote_code}
 
 
 def load_model(config: RunConfig, processor: Any, row: dict[str, Any]) -> Any:
@@ -66,7 +61,7 @@ def load_model(config: RunConfig, processor: Any, row: dict[str, Any]) -> Any:
     try:
         # Safetensors alone: the other kind of file is a pickle, which can run code.
         model: Any = AutoModelForImageTextToText.from_pretrained(
-            section.backbone, use_safetensors=True, **hub_options(config), **options
+            section.backbone, use_safetensors=True, **config.model.hub, **options
         )
     except (OSError, ValueError, ImportError, AttributeError, RuntimeError, SafetensorError) as error:
         raise AMVLError(
@@ -109,10 +104,9 @@ def load_whole(directory: Path) -> Any:
 def load_adapted(run_dir: Path, directory: Path) -> Any:
     """The backbone of the run with its adapters merged in."""
     settings = read_run_file(run_dir)
-    options = {key: settings["model"][key] for key in ("revision", "trust_remote_code", "dtype")}
-    options["revision"] = options["revision"] or "main"
+    section = ModelSection(**settings["model"])
     model: Any = AutoModelForImageTextToText.from_pretrained(
-        settings["model"]["backbone"], use_safetensors=True, **options
+        section.backbone, use_safetensors=True, dtype=section.dtype, **section.hub
     )
     if OBJECTIVES[settings["objective"]["name"]].latents:
         model = AMVLModel.from_backbone(model, AMVLConfig(**settings["latents"]))

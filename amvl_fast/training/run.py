@@ -131,15 +131,7 @@ def open_data(config: RunConfig, arguments: AMVLTrainingArguments, processor: An
     """Training rows, checked, and the rows that are looked at while training, if there are any."""
     data = config.data
     control_tokens = processor.tokenizer.all_special_tokens
-    options: dict[str, Any] = {
-        "image_root": data.image_root,
-        "max_rows": data.max_rows,
-        "split": data.train_split,
-        "visual_thoughts": data.visual_thoughts,
-        "on_bad_sample": data.on_bad_sample,
-        "max_bad_share": data.max_bad_share,
-        "special_tokens": control_tokens,
-    }
+    options = data.reading | {"special_tokens": control_tokens}
     if data.on_bad_sample == "skip":
         options["skipped_file"] = config.output_dir / SKIPPED_FILE
     if data.streaming:
@@ -167,7 +159,7 @@ def filled_cache(
     if config.data.streaming:
         raise AMVLError("data.vision_cache is filled before training, so data.streaming does not go with it.")
     mixed = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
-    autocast = None if arguments.deepspeed else mixed  # DeepSpeed casts the model instead
+    autocast = None if arguments.deepspeed_plugin else mixed  # DeepSpeed casts the model instead
     cache = VisionCache(config.data.vision_cache, model, processor, autocast=autocast)
     counts = cache.fill(
         rows,
